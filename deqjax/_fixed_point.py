@@ -1,0 +1,211 @@
+"""The entry point."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .adjoints import ImplicitAdjoint, ReversibleAdjoint
+from .solvers import Picard, Reversible
+from .solvers._base import AbstractSolver, check_count
+
+
+def fixed_point(
+    fn: Callable[[Any, Any], Any],
+    z0: PyTree,
+    args: PyTree = None,
+    *,
+    solver: Any = None,
+    adjoint: optx.AbstractAdjoint | None = None,
+    max_steps: int = 64,
+    has_aux: bool = False,
+    throw: bool = False,
+    options: dict[str, Any] | None = None,
+    tags: frozenset[object] = frozenset(),
+) -> optx.Solution:
+    r"""Find z with z = fn(z, args), and make it differentiable.
+
+    Gradients reach `args`, the arrays inside `fn` (a module, say), the values that
+    `fn` closes over, and `z0` where the answer depends on it (under `UnrolledAdjoint`
+    and `ReversibleAdjoint`; zero under the others). With `has_aux` they flow through
+    `aux` too.
+
+    Args:
+        fn: the map, `fn(z, args) -> z`, or `fn(z, args) -> (z, aux)` with `has_aux`.
+        z0: the initial iterate: a pytree of real floating-point arrays. `fn` must
+            return the same structure, shapes and dtypes.
+        args: any pytree, passed through to `fn`.
+        solver: a deqjax solver, or any fixed-point solver of optimistix. Default:
+            `deqjax.Picard()`.
+        adjoint: how gradients are computed. Default: `deqjax.ReversibleAdjoint()` for a
+            `deqjax.Reversible` solver, else `deqjax.ImplicitAdjoint()`.
+        max_steps: most steps of the solver; the number of steps of a solve with
+            `rtol=None, atol=None`.
+        has_aux: whether `fn` returns a pair.
+        throw: whether a solve that does not succeed raises. By default it returns, and
+            says so in `sol.result`; the compiled program then never calls the host.
+        options: `{"step_budget": n}`: take at most n steps, n being an integer that may
+            be traced, so that changing it does not recompile; `{"record": True}`: add
+            `residual_history`.
+        tags: lineax tags for the structure of J − I, for the implicit adjoint.
+
+    Returns:
+        An `optimistix.Solution`: `value`; `aux`; `result`
+        (`== optimistix.RESULTS.successful` if every problem converged, or, without a
+        test, stayed finite); `state`; and `stats`:
+
+        - `num_steps`, `max_steps`;
+        - `num_evals`: the exact number of evaluations of `fn` in the solve;
+        - `residual`: ‖fn(value) − value‖₂ per problem, and `relative_residual`, that
+          over ‖fn(value)‖₂; of the iterate evaluated last for a solve without a test;
+        - `converged` per problem;
+        - `residual_history`, if recorded: shape (max_steps, *batch), NaN after the end.
+
+    Raises:
+        ValueError, TypeError: if an argument is not valid, or if `fn` does not return
+            what it was given; the message names the argument and the rule.
+        RuntimeError: with `throw=True`, if the solve does not succeed.
+
+    Example:
+        >>> import deqjax, jax.numpy as jnp
+        >>> f = lambda z, a: jnp.tanh(0.5 * z + a)
+        >>> sol = deqjax.fixed_point(f, jnp.zeros(2), jnp.array([0.1, 0.2]))
+        >>> bool(jnp.allclose(sol.value, f(sol.value, jnp.array([0.1, 0.2])), atol=1e-3))
+        True
+    """
+    solver = Picard() if solver is None else solver
+    if adjoint is None:
+        reversible = isinstance(solver, Reversible)
+        adjoint = ReversibleAdjoint() if reversible else ImplicitAdjoint()
+    _check(fn, solver, adjoint, max_steps)
+    options = _canonical_options(solver, options)
+    z0 = jtu.tree_map_with_path(_canonical_leaf, z0)
+    if not jtu.tree_leaves(z0):
+        raise ValueError("`z0` has no leaves: there is nothing to solve for.")
+    return _solve(
+        fn, z0, args, solver, adjoint, options, max_steps, has_aux, throw, tags
+    )
+
+
+@eqx.filter_jit
+def _solve(
+    fn: Callable,
+    z0: PyTree,
+    args: PyTree,
+    solver: Any,
+    adjoint: optx.AbstractAdjoint,
+    options: dict[str, Any],
+    max_steps: int,
+    has_aux: bool,
+    throw: bool,
+    tags: frozenset[object],
+) -> optx.Solution:
+    def pair(z: PyTree, args: PyTree) -> tuple[PyTree, PyTree]:
+        out = fn(z, args)
+        if not has_aux:
+            return out, None
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                "With `has_aux=True`, `fn` must return a pair `(z, aux)`; got "
+                f"{type(out).__name__}."
+            )
+        return out
+
+    # The user's Python code runs once, here; all else works on what it traced to.
+    traced = eqx.filter_closure_convert(pair, z0, args)
+    struct, _ = traced.out_struct  # pyright: ignore[reportFunctionMemberAccess]
+    _check_output(jax.eval_shape(lambda: z0), struct)
+    return optx.fixed_point(
+        traced,
+        solver,
+        z0,
+        args,
+        options,
+        has_aux=True,
+        max_steps=max_steps,
+        adjoint=adjoint,
+        throw=throw,
+        tags=tags,
+    )
+
+
+def _check(fn: Any, solver: Any, adjoint: Any, max_steps: Any) -> None:
+    if not callable(fn):
+        raise TypeError(f"`fn` must be callable; got {type(fn).__name__}.")
+    if not isinstance(solver, optx.AbstractFixedPointSolver):
+        raise TypeError(
+            "`solver` must be a deqjax solver or a fixed-point solver of optimistix "
+            f"(an instance, not the class); got {solver!r}."
+        )
+    if not isinstance(adjoint, optx.AbstractAdjoint):
+        raise TypeError(
+            "`adjoint` must be an adjoint of deqjax or optimistix (an instance, not "
+            f"the class); got {adjoint!r}."
+        )
+    check_count("max_steps", max_steps, 1)
+
+
+def _canonical_options(solver: Any, options: dict[str, Any] | None) -> dict[str, Any]:
+    options = {} if options is None else dict(options)
+    if isinstance(solver, AbstractSolver):
+        unknown = sorted(set(options) - solver.known_options)
+        if unknown:
+            raise ValueError(
+                f"`options` has unknown entries {unknown} for "
+                f"{type(solver).__name__}; known are {sorted(solver.known_options)}."
+            )
+    if "step_budget" in options:
+        # An array, so that another budget is another value, not another program.
+        budget = jnp.asarray(options["step_budget"])
+        if not jnp.issubdtype(budget.dtype, jnp.integer) or budget.ndim != 0:
+            raise ValueError(
+                '`options["step_budget"]` must be an integer; got '
+                f"{options['step_budget']!r}."
+            )
+        options["step_budget"] = budget.astype(jnp.int32)
+    if not isinstance(options.get("record", False), bool):
+        raise ValueError(
+            f'`options["record"]` must be True or False; got {options["record"]!r}.'
+        )
+    return options
+
+
+def _canonical_leaf(path: Any, leaf: Any) -> Array:
+    name = f"`z0{jtu.keystr(path)}`"
+    try:
+        dtype = jnp.result_type(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be an array; got {type(leaf).__name__}."
+        ) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be real and floating-point; got {dtype}. Cast it, or split a "
+            "complex state into real and imaginary parts."
+        )
+    return jnp.asarray(leaf, dtype=dtype)
+
+
+def _check_output(want: PyTree, got: PyTree) -> None:
+    """Raise unless fn returned the structure, shapes and dtypes of the iterate."""
+    if jtu.tree_structure(want) != jtu.tree_structure(got):
+        raise ValueError(
+            "`fn` must return the tree structure of `z0`; `z0` has "
+            f"{jtu.tree_structure(want)}, `fn` returned {jtu.tree_structure(got)}. "
+            "(If it returns a pair `(z, aux)`, pass `has_aux=True`.)"
+        )
+    for (path, a), b in zip(
+        jtu.tree_leaves_with_path(want), jtu.tree_leaves(got), strict=True
+    ):
+        for what in ("shape", "dtype"):
+            if getattr(a, what) != getattr(b, what):
+                raise ValueError(
+                    f"`fn` must return the {what} of `z0`; at leaf "
+                    f"`{jtu.keystr(path) or 'z0'}` `z0` has {what} {getattr(a, what)}, "
+                    f"`fn` returned {getattr(b, what)}."
+                )

@@ -1,0 +1,134 @@
+"""Linear algebra on pytrees of independent problems.
+
+With `batch_ndim=k` the leading k axes of every leaf index independent problems;
+norms, products and selections are taken per problem and have the shape of those
+axes. Reductions run leaf by leaf (no ravel, so that sharded leaves stay where they
+are) and in at least float32, whatever the dtype of the leaves.
+"""
+
+import functools as ft
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._types import Flags, Reals
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which numbers of `dtype` are accumulated: at least float32."""
+    # Not promote_types: strict promotion, which users may switch on, refuses it.
+    return max(jnp.dtype(dtype), jnp.dtype(jnp.float32), key=lambda d: d.itemsize)
+
+
+def total(parts: list[Array], op: Any = operator.add) -> Array:
+    """Combine what was reduced leaf by leaf, in the widest of the dtypes."""
+    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+    return ft.reduce(op, (p.astype(dtype) for p in parts))
+
+
+def batch_shape(tree: PyTree, batch_ndim: int) -> tuple[int, ...]:
+    """The shape of the leading `batch_ndim` axes that all leaves share.
+
+    Raises:
+        ValueError: if a leaf has too few axes, or other leading axes than the first.
+    """
+    leaves = jtu.tree_leaves_with_path(tree)
+    if not leaves:
+        return ()
+    shape = leaves[0][1].shape[:batch_ndim]
+    for path, leaf in leaves:
+        if len(leaf.shape) < batch_ndim or leaf.shape[:batch_ndim] != shape:
+            raise ValueError(
+                f"With `batch_ndim={batch_ndim}` the leading axes of every leaf index "
+                f"independent problems, so that they must agree; the first leaf "
+                f"has {shape}, the leaf `{jtu.keystr(path)}` has shape {leaf.shape}. "
+                "Give every leaf the same leading axes, or lower `batch_ndim`."
+            )
+    return shape
+
+
+def _reduce(x: Array, batch_ndim: int) -> Reals:
+    return jnp.sum(x, axis=tuple(range(batch_ndim, x.ndim)))
+
+
+def dot(x: PyTree, y: PyTree, batch_ndim: int = 0) -> Reals:
+    """⟨x, y⟩ per problem, accumulated in at least float32."""
+
+    def leaf(a: Array, b: Array) -> Reals:
+        dtype = wide(a.dtype)
+        return _reduce(a.astype(dtype) * b.astype(dtype), batch_ndim)
+
+    return total(jtu.tree_leaves(jtu.tree_map(leaf, x, y)))
+
+
+def norm(x: PyTree, batch_ndim: int = 0) -> Reals:
+    """‖x‖₂ per problem. Not to be differentiated: its derivative at 0 is NaN."""
+    return jnp.sqrt(dot(x, x, batch_ndim))
+
+
+def max_abs(x: PyTree, batch_ndim: int = 0) -> Reals:
+    """max |x| per problem, 0 for empty leaves; NaN if an entry is NaN."""
+
+    def leaf(a: Array) -> Reals:
+        axes = tuple(range(batch_ndim, a.ndim))
+        return jnp.max(jnp.abs(a), axis=axes, initial=0.0).astype(wide(a.dtype))
+
+    return total([leaf(a) for a in jtu.tree_leaves(x)], jnp.maximum)
+
+
+def all_finite(x: PyTree, batch_ndim: int = 0) -> Flags:
+    """Whether every entry of a problem is finite."""
+
+    def leaf(a: Array) -> Flags:
+        return jnp.all(jnp.isfinite(a), axis=tuple(range(batch_ndim, a.ndim)))
+
+    return ft.reduce(jnp.logical_and, (leaf(a) for a in jtu.tree_leaves(x)))
+
+
+def expand(per_problem: Array, leaf: Array) -> Array:
+    """Append axes to a per-problem array so that it broadcasts against `leaf`."""
+    extra = leaf.ndim - per_problem.ndim
+    return per_problem if extra <= 0 else per_problem.reshape(
+        per_problem.shape + (1,) * extra
+    )
+
+
+def where(mask: Flags, x: PyTree, y: PyTree) -> PyTree:
+    """Per problem: `x` where `mask` holds, else `y`."""
+    return jtu.tree_map(lambda a, b: jnp.where(expand(mask, a), a, b), x, y)
+
+
+def scale(alpha: Reals, x: PyTree) -> PyTree:
+    """α x per problem, in the dtype of x."""
+
+
+    def leaf(a: Array) -> Array:
+        dtype = wide(a.dtype)
+        return (expand(alpha, a).astype(dtype) * a.astype(dtype)).astype(a.dtype)
+
+    return jtu.tree_map(leaf, x)
+
+
+def subtract(x: PyTree, y: PyTree) -> PyTree:
+    """x − y, each leaf in at least float32."""
+
+    def leaf(a: Array, b: Array) -> Array:
+        dtype = wide(a.dtype)
+        return a.astype(dtype) - b.astype(dtype)
+
+    return jtu.tree_map(leaf, x, y)
+
+
+def zeros_like(x: PyTree) -> PyTree:
+    """Zeros of the shapes and dtypes of `x` (arrays or `ShapeDtypeStruct`s)."""
+
+    def leaf(a: Any) -> Array:
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return jnp.zeros(a.shape, a.dtype)
+        return jnp.zeros_like(a)
+
+    return jtu.tree_map(leaf, x)

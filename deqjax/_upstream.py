@@ -1,0 +1,51 @@
+"""The only door to what equinox and optimistix do not export as public API.
+
+`optimistix` hands an adjoint a pure function and the tuple of its inputs
+(`_iterate.py`, `iterative_solve`); `Inputs` and `Outputs` name the places of those
+tuples, so that nothing else in deqjax depends on their order.
+"""
+
+from typing import Any, NamedTuple
+
+from equinox.internal import (
+    nondifferentiable_backward as nondifferentiable_backward,
+    unvmap_any as unvmap_any,
+    unvmap_max as unvmap_max,
+    while_loop as while_loop,
+)
+
+
+class Inputs(NamedTuple):
+    """What optimistix passes to `AbstractAdjoint.apply` as `inputs`."""
+
+    fn: Any
+    solver: Any
+    y0: Any
+    args: Any
+    options: Any
+    max_steps: Any
+    f_struct: Any
+    aux_struct: Any
+    tags: Any
+
+
+class Extras(NamedTuple):
+    """What optimistix's primal function returns beside the solution."""
+
+    num_steps: Any
+    result: Any
+    dynamic_state: Any
+    static_state: Any
+    aux: Any
+    stats: Any
+
+
+class Carry(NamedTuple):
+    """What optimistix carries through the loop that the adjoint supplies."""
+
+    y: Any
+    num_steps: Any
+    state: Any
+    aux: Any
+    terminate: Any
+    result: Any

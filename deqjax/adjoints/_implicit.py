@@ -1,0 +1,361 @@
+"""Gradients by the implicit function theorem, and what replaces the inverse in it.
+
+At R(z, θ) = 0 (for a fixed point R = f(z, θ) − z) the tangents satisfy
+
+    ∂R/∂z ż = −∂R/∂θ θ̇ .
+
+One custom JVP rule serves every adjoint of this file; they differ only in the
+`Inverse` that stands for (∂R/∂z)⁻¹. The rule is linear in θ̇ and transposable, so that
+forward mode, reverse mode and their compositions all come from it.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import optimistix as optx
+from jax import lax
+from jaxtyping import PyTree
+
+from .. import _tree
+from .._upstream import Extras, Inputs
+from ..linear import GMRES
+from ..solvers._base import AbstractSolver
+from ._loop import SolverLoop, as_inputs, detach, solve
+from ._stats import BackwardStats
+
+_Linear = Callable[[PyTree], PyTree]
+
+
+class AbstractInverse(eqx.Module):
+    """Stands for (∂R/∂z)⁻¹ in the implicit rule."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        operator: _Linear,
+        rhs: PyTree,
+        probe: tuple[BackwardStats, BackwardStats] | None,
+    ) -> PyTree:
+        """Solve `operator(x) = rhs`, transposably.
+
+        `probe` is the probe and its tangent; the transposed solve returns the
+        statistics as the tangent's cotangent.
+        """
+
+
+class Identity(AbstractInverse):
+    """(J − I)⁻¹ ≈ −I: the zeroth term of the Neumann series."""
+
+    def __call__(
+        self,
+        operator: _Linear,
+        rhs: PyTree,
+        probe: tuple[BackwardStats, BackwardStats] | None,
+    ) -> PyTree:
+        return jtu.tree_map(jnp.negative, rhs)
+
+
+class LinearSolve(AbstractInverse):
+    """(∂R/∂z)⁻¹ by a lineax solver, in both directions."""
+
+    solver: lx.AbstractLinearSolver
+    tags: frozenset[object]
+    on_failure: Literal["keep", "nan", "jfb"]
+    batch_ndim: int
+
+    def __call__(
+        self,
+        operator: _Linear,
+        rhs: PyTree,
+        probe: tuple[BackwardStats, BackwardStats] | None,
+    ) -> PyTree:
+        if probe is None:
+            return lax.custom_linear_solve(
+                operator,
+                rhs,
+                lambda mv, b: self._solve(mv, b, False)[0],
+                lambda vm, b: self._solve(vm, b, True)[0],
+            )
+        # The system is extended by an identity block for the probe. The transposed
+        # solve returns, in that block, the statistics instead of the cotangent.
+        stats, tangent = probe
+
+        def extended(mv: Callable) -> _Linear:
+            return lambda v: mv((v, _tree.zeros_like(tangent)))[0]
+
+        def forward(mv: Callable, b: PyTree) -> PyTree:
+            return self._solve(extended(mv), b[0], False)[0], b[1]
+
+        def backward(vm: Callable, b: PyTree) -> PyTree:
+            solution, entries = self._solve(extended(vm), b[0], True, measure=True)
+            return solution, stats.record(**entries)
+
+        solution, _ = lax.custom_linear_solve(
+            lambda v: (operator(v[0]), v[1]), (rhs, tangent), forward, backward
+        )
+        return solution
+
+    def _solve(
+        self, mv: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """Solve with the right-hand side scaled to 1 per problem."""
+        k = self.batch_ndim
+        structure = jax.eval_shape(lambda: rhs)
+        operator = lx.FunctionLinearOperator(
+            mv, structure, lx.transpose_tags(self.tags) if transposed else self.tags
+        )
+        size = _tree.max_abs(rhs, k)
+        zero = size == 0
+        unit = jnp.where(zero | ~jnp.isfinite(size), 1, size)
+        scaled = _tree.scale(1 / unit, rhs)
+        sol = lx.linear_solve(operator, scaled, self.solver, throw=False)
+        value = sol.value
+        converged = sol.stats.get("converged", None)
+        if converged is None:
+            converged = jnp.broadcast_to(sol.result == lx.RESULTS.successful, size.shape)
+        converged = zero | (converged & _tree.all_finite(value, k))
+        fallback = {
+            "keep": value,
+            "nan": jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), value),
+            "jfb": jtu.tree_map(jnp.negative, scaled),
+        }[self.on_failure]
+        value = _tree.where(converged, value, fallback)
+        value = _tree.where(zero, _tree.zeros_like(value), value)
+        entries: dict[str, Any] = {}
+        if measure:
+            residual = sol.stats.get("residual", None)
+            if residual is None:
+                residual = _tree.norm(_tree.subtract(scaled, mv(value)), k)
+            norm = _tree.norm(scaled, k)
+            entries = {
+                "residual": residual * unit,
+                "relative_residual": residual / jnp.where(norm > 0, norm, 1),
+                "num_products": sol.stats.get("num_products", None),
+                "converged": converged,
+            }
+        return _tree.scale(unit, value), entries
+
+
+class ImplicitAdjoint(optx.AbstractAdjoint):
+    r"""The exact gradient of the fixed point, by the implicit function theorem.
+
+    $$ \dot z^* = (I - J)^{-1}\, \partial_\theta f\, \dot\theta, \qquad
+       \bar\theta = (\partial_\theta f)^\top (I - J)^{-\top}\, \bar z, \qquad
+       J = \partial_z f(z^*, \theta) $$
+
+    **Cost:** one linearisation of f at z*, the Jacobian products of the linear solve,
+    and one more product. **Memory:** one linearisation of f, and what the linear
+    solver keeps; nothing grows with the number of forward steps.
+
+    Forward and reverse mode, and any composition of them. The gradient of `aux` is
+    exact too, from the same linearisation.
+
+    **Wrong when** z* is not a fixed point: the formula is then evaluated where it does
+    not hold, with an error of the order of the residual. See `sol.result`. A linear
+    solve that does not converge is seen in the probe, and `on_failure` says what it
+    returns. It never throws.
+
+    Args:
+        linear_solver: any lineax solver; by default `deqjax.linear.GMRES` with the
+            `batch_ndim` of the forward solver.
+        probe: a `BackwardStats` whose gradient is the record of the backward pass.
+        on_failure: what a linear solve that failed returns for the problems that did:
+            `"keep"` its best iterate, `"nan"`, or `"jfb"` (the right-hand side, as if
+            J were 0).
+
+    Raises:
+        ValueError, TypeError: if an argument is not of its kind.
+
+    Example:
+        >>> import deqjax, jax, jax.numpy as jnp
+        >>> f = lambda z, a: 0.5 * z + a
+        >>> solve = lambda a: deqjax.fixed_point(
+        ...     f, jnp.zeros(()), a, solver=deqjax.Picard(), adjoint=deqjax.ImplicitAdjoint()
+        ... ).value
+        >>> float(jax.grad(solve)(3.0)), float(jax.jacfwd(solve)(3.0))
+        (2.0, 2.0)
+
+    References:
+        S. Bai, J. Z. Kolter, V. Koltun (2019), Deep equilibrium models,
+        doi:10.48550/arXiv.1909.01377.
+    """
+
+    linear_solver: lx.AbstractLinearSolver | None = None
+    probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
+    on_failure: Literal["keep", "nan", "jfb"] = eqx.field(default="keep", kw_only=True)
+
+    def __check_init__(self):
+        if self.linear_solver is not None and not isinstance(
+            self.linear_solver, lx.AbstractLinearSolver
+        ):
+            raise TypeError(
+                "`linear_solver` must be a lineax solver (lineax.AbstractLinearSolver) "
+                f"or None; got {type(self.linear_solver).__name__}."
+            )
+        if self.probe is not None and not isinstance(self.probe, BackwardStats):
+            raise TypeError(
+                "`probe` must be a deqjax.BackwardStats or None; got "
+                f"{type(self.probe).__name__}."
+            )
+        if self.on_failure not in ("keep", "nan", "jfb"):
+            raise ValueError(
+                '`on_failure` must be "keep", "nan" or "jfb"; got '
+                f"{self.on_failure!r}."
+            )
+
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> PyTree:
+        named = as_inputs(inputs)
+        k = named.solver.batch_ndim if isinstance(named.solver, AbstractSolver) else 0
+        linear_solver = self.linear_solver
+        if linear_solver is None:
+            linear_solver = GMRES(batch_ndim=k)
+        inverse = LinearSolve(linear_solver, tags, self.on_failure, k)
+        return _apply(primal_fn, rewrite_fn, named, inverse, self.probe)
+
+
+class JFBAdjoint(optx.AbstractAdjoint):
+    r"""A biased gradient, Jacobian-free: (I − J)⁻¹ is replaced by I.
+
+    $$ \bar\theta = (\partial_\theta f)^\top\, \bar z $$
+
+    A descent direction for contractions that are well enough conditioned; the bias
+    grows with the norm of J and is not small where that is near 1.
+
+    **Cost:** one linearisation of f at z* and one product.
+
+    Forward mode gives ż = ∂f/∂θ θ̇, the same approximation.
+
+    Raises:
+        TypeError: if the problem is not a fixed-point problem.
+
+    Example:
+        >>> import deqjax, jax, jax.numpy as jnp
+        >>> f = lambda z, a: 0.5 * z + a
+        >>> solve = lambda a: deqjax.fixed_point(
+        ...     f, jnp.zeros(()), a, solver=deqjax.Picard(), adjoint=deqjax.JFBAdjoint()
+        ... ).value
+        >>> float(jax.grad(solve)(3.0))  # exact: 2
+        1.0
+
+    References:
+        S. W. Fung, H. Heaton, Q. Li, D. McKenzie, S. Osher, W. Yin (2022), JFB:
+        Jacobian-free backpropagation for implicit networks,
+        doi:10.1609/aaai.v36i6.20619.
+    """
+
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> PyTree:
+        named = as_inputs(inputs)
+        if not isinstance(named.solver, optx.AbstractFixedPointSolver):
+            raise TypeError(
+                "`JFBAdjoint` approximates the inverse of I − J and so needs a "
+                "fixed-point problem; got one for "
+                f"{type(named.solver).__name__}. Use `deqjax.fixed_point`."
+            )
+        return _apply(primal_fn, rewrite_fn, named, Identity(), None)
+
+
+def _apply(
+    primal_fn: Callable,
+    rewrite_fn: Callable,
+    inputs: Inputs,
+    inverse: AbstractInverse,
+    probe: BackwardStats | None,
+) -> PyTree:
+    value, extras = _implicit(primal_fn, rewrite_fn, inputs, inverse, probe)
+    return value, tuple(detach(extras))
+
+
+@eqx.filter_custom_jvp
+def _implicit(
+    primal_fn: Callable,
+    rewrite_fn: Callable,
+    inputs: Inputs,
+    inverse: AbstractInverse,
+    probe: BackwardStats | None,
+) -> tuple[PyTree, Extras]:
+    value, extras = solve(primal_fn, inputs, SolverLoop(inputs))
+    return jtu.tree_map(jnp.asarray, (value, extras))
+
+
+def _residual(rewrite_fn: Callable, inputs: Inputs, z: PyTree) -> tuple[PyTree, PyTree]:
+    """R(z) and the differentiable part of aux, from one evaluation of fn."""
+    if isinstance(inputs.solver, optx.AbstractFixedPointSolver):
+        f, aux = inputs.fn(z, inputs.args)
+        residual = jtu.tree_map(jnp.subtract, f, z)
+    elif isinstance(inputs.solver, optx.AbstractRootFinder):
+        residual, aux = inputs.fn(z, inputs.args)
+    else:
+        # Least squares and minimisation: R is a gradient of fn, evaluated inside.
+        residual, aux = rewrite_fn(z, None, tuple(inputs)), None
+    return residual, eqx.filter(aux, eqx.is_inexact_array)
+
+
+@_implicit.def_jvp
+def _implicit_jvp(primals, tangents):
+    primal_fn, rewrite_fn, inputs, inverse, probe = primals
+    _, _, t_inputs, _, t_probe = tangents
+    value, extras = _implicit(primal_fn, rewrite_fn, inputs, inverse, probe)
+
+    # The fixed point depends on what fn sees, not on where the solver started.
+    t_theta = (t_inputs.fn, t_inputs.args)
+    still = jtu.tree_map(lambda t: t is None, t_theta, is_leaf=lambda t: t is None)
+    fixed, theta = eqx.partition(
+        (inputs.fn, inputs.args), still, is_leaf=lambda t: t is None
+    )
+    zero_extras = jtu.tree_map(lambda _: None, extras)
+    if not jtu.tree_leaves(t_theta):
+        return (value, extras), (jtu.tree_map(lambda _: None, value), zero_extras)
+
+    def evaluate(z: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
+        fn, args = eqx.combine(theta, fixed)
+        return _residual(rewrite_fn, inputs._replace(fn=fn, args=args), z)
+
+    # One evaluation. Its pull-back is shared by the linear solve and by the final
+    # product; forward products are transposes of it.
+    (residual, aux), pull = jax.vjp(evaluate, value, theta)
+    no_aux, no_residual = _tree.zeros_like(aux), _tree.zeros_like(residual)
+    dz = _transpose(lambda ct: pull((ct, no_aux))[0], residual)
+    dtheta = _transpose(lambda ct: pull((ct, no_aux))[1], residual)
+    daux = _transpose(lambda ct: pull((no_residual, ct)), aux)
+
+    rhs = jtu.tree_map(jnp.negative, dtheta(t_theta))
+    pair = None
+    if probe is not None and any(t is not None for t in jtu.tree_leaves(t_probe)):
+        t_probe = jtu.tree_map(
+            lambda p, t: jnp.zeros_like(p) if t is None else t,
+            probe,
+            t_probe,
+            is_leaf=lambda t: t is None,
+        )
+        pair = (probe, t_probe)
+    t_value = inverse(dz, rhs, pair)
+    t_aux = extras.aux
+    if jtu.tree_leaves(aux):
+        moved = daux((t_value, t_theta))
+        t_aux = eqx.combine(moved, jtu.tree_map(lambda _: None, extras.aux))
+    else:
+        t_aux = zero_extras.aux
+    return (value, extras), (t_value, zero_extras._replace(aux=t_aux))
+
+
+def _transpose(linear: _Linear, example: PyTree) -> _Linear:
+    transposed = jax.linear_transpose(linear, example)
+    return lambda ct: transposed(ct)[0]

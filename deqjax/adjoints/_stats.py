@@ -1,0 +1,91 @@
+"""The record of a backward pass, carried out of it as a gradient."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+
+class BackwardStats(eqx.Module):
+    """A probe whose "gradient" says how the backward pass went.
+
+    Give it to an adjoint (`ImplicitAdjoint(probe=probe)`) and differentiate with
+    respect to it too: the cotangent of the probe is the record. Nothing calls back to
+    the host, and without a probe nothing is computed for it. The values that the
+    probe itself holds do not matter.
+
+    Give every solve its own probe; a probe used twice collects the sum. Under
+    `jax.vmap` map over a probe of shape `(n,)`: an unbatched one gets the sum over the
+    lanes, as every unbatched input does.
+
+    Attributes:
+        residual: ‖b − A λ‖₂ of the adjoint system that was solved.
+        relative_residual: that over ‖b‖₂.
+        num_products: vector–Jacobian products of the linear solve.
+        converged: 1 if the tolerance was met, else 0.
+        drift: of a reversible pass: largest difference between the start that the
+            reconstruction arrives at and the known one.
+
+    What does not apply to an adjoint is NaN.
+
+    Args:
+        batch_shape: shape of each entry; with `()` a batched solve reports the
+            worst residual and drift, and `converged` only if every problem is.
+
+    Example:
+        >>> import deqjax, jax, jax.numpy as jnp
+        >>> def loss(a, probe):
+        ...     adjoint = deqjax.ImplicitAdjoint(probe=probe)
+        ...     f = lambda z, a: jnp.cos(a * z)
+        ...     return deqjax.fixed_point(f, jnp.ones(()), a, adjoint=adjoint,
+        ...         solver=deqjax.Picard()).value
+        >>> g, stats = jax.grad(loss, argnums=(0, 1))(0.5, deqjax.BackwardStats())
+        >>> float(stats.converged), float(stats.num_products)
+        (1.0, 1.0)
+    """
+
+    residual: Float[Array, "*batch"]
+    relative_residual: Float[Array, "*batch"]
+    num_products: Float[Array, "*batch"]
+    converged: Float[Array, "*batch"]
+    drift: Float[Array, "*batch"]
+
+    def __init__(self, batch_shape: tuple[int, ...] = ()):
+        zeros = jnp.zeros(batch_shape, jnp.float32)
+        self.residual = zeros
+        self.relative_residual = zeros
+        self.num_products = zeros
+        self.converged = zeros
+        self.drift = zeros
+
+    def record(
+        self,
+        *,
+        residual: Array | None = None,
+        relative_residual: Array | None = None,
+        num_products: Array | None = None,
+        converged: Array | None = None,
+        drift: Array | None = None,
+    ) -> "BackwardStats":
+        """The cotangent of this probe: the given entries, NaN for the others."""
+
+        def fit(value: Array | None, like: Array, reduce: Callable) -> Array:
+            if value is None:
+                return jnp.full_like(like, jnp.nan)
+            value = jnp.asarray(value).astype(like.dtype)
+            if like.ndim == 0 and value.ndim > 0:
+                value = reduce(value)
+            return jnp.broadcast_to(value, like.shape)
+
+        worst = lambda v: jnp.max(v, initial=0.0)
+        least = lambda v: jnp.min(v, initial=1.0)
+        leaves = [
+            fit(residual, self.residual, worst),
+            fit(relative_residual, self.relative_residual, worst),
+            fit(num_products, self.num_products, worst),
+            fit(converged, self.converged, least),
+            fit(drift, self.drift, worst),
+        ]
+        return jtu.tree_unflatten(jtu.tree_structure(self), leaves)

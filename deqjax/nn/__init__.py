@@ -1,0 +1,3 @@
+"""Layers and models."""
+
+from ._deq import DEQ as DEQ, RevDEQ as RevDEQ

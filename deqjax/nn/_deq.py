@@ -1,0 +1,146 @@
+"""Deep equilibrium layers."""
+
+from typing import Any
+
+import equinox as eqx
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .. import _tree
+from .._fixed_point import fixed_point
+from ..adjoints import ReversibleAdjoint
+from ..solvers import Reversible
+from ..solvers._base import check_count
+
+
+class DEQ(eqx.Module):
+    r"""A deep equilibrium layer: the fixed point of a cell.
+
+    $$ z^* = \mathrm{cell}(z^*, x) $$
+
+    Args:
+        cell: `cell(z, x, *, key=None) -> z`, usually an `eqx.Module`. A layer that uses
+            randomness gets one key per solve, so that the map stays the same from
+            iteration to iteration (one dropout mask per solve). A cell may have
+            `initial_state(x) -> z0`.
+        solver: see `deqjax.fixed_point`.
+        adjoint: see `deqjax.fixed_point`.
+        max_steps: see `deqjax.fixed_point`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not valid; see `deqjax.fixed_point`
+            for those raised at the call.
+
+    Example:
+        >>> import deqjax, jax.numpy as jnp
+        >>> deq = deqjax.nn.DEQ(lambda z, x, key=None: jnp.tanh(0.5 * z + x))
+        >>> deq(jnp.zeros(3)).shape
+        (3,)
+
+    References:
+        S. Bai, J. Z. Kolter, V. Koltun (2019), Deep equilibrium models,
+        doi:10.48550/arXiv.1909.01377.
+    """
+
+    cell: Any
+    solver: Any = eqx.field(default=None, kw_only=True)
+    adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, kw_only=True)
+    max_steps: int = eqx.field(default=64, kw_only=True, static=True)
+
+    def __check_init__(self):
+        if not callable(self.cell):
+            raise TypeError(
+                "`cell` must be callable as cell(z, x, *, key=None); got "
+                f"{type(self.cell).__name__}."
+            )
+        check_count("max_steps", self.max_steps, 1)
+
+    def __call__(
+        self,
+        x: PyTree,
+        *,
+        z0: PyTree = None,
+        key: Array | None = None,
+        max_steps: int | None = None,
+    ) -> PyTree:
+        """The fixed point for the input x.
+
+        Args:
+            x: what the cell takes beside the iterate.
+            z0: the initial iterate; None: `cell.initial_state(x)` where the cell has
+                one, else zeros like x.
+            key: passed to the cell, the same one at every iteration.
+            max_steps: in place of the layer's own.
+        """
+        return self.solve(x, z0=z0, key=key, max_steps=max_steps).value
+
+    def solve(
+        self,
+        x: PyTree,
+        *,
+        z0: PyTree = None,
+        key: Array | None = None,
+        max_steps: int | None = None,
+        has_aux: bool = False,
+        throw: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> optx.Solution:
+        """As `__call__`, with all that `deqjax.fixed_point` returns."""
+        if z0 is None:
+            initial_state = getattr(self.cell, "initial_state", None)
+            z0 = _tree.zeros_like(x) if initial_state is None else initial_state(x)
+        return fixed_point(
+            _apply_cell,
+            z0,
+            (self.cell, x, key),
+            solver=self.solver,
+            adjoint=self.adjoint,
+            max_steps=self.max_steps if max_steps is None else max_steps,
+            has_aux=has_aux,
+            throw=throw,
+            options=options,
+        )
+
+
+class RevDEQ(DEQ):
+    r"""A reversible deep equilibrium layer: N steps of the reversible iteration.
+
+    A `DEQ` with `deqjax.Reversible(rtol=None, atol=None, beta=beta)`, `num_steps` steps
+    and `deqjax.ReversibleAdjoint()`: the gradient is that of the steps taken, in memory
+    that does not grow with their number.
+
+    **Cost:** 2 × `num_steps` evaluations of the cell.
+
+    Args:
+        cell: see `DEQ`.
+        num_steps: N.
+        beta: weight on the cell, 0 < beta < 1.
+        batch_ndim: see `deqjax.Reversible`.
+
+    Raises:
+        ValueError: if an argument is not valid.
+
+    Example:
+        >>> import deqjax, jax.numpy as jnp
+        >>> deq = deqjax.nn.RevDEQ(lambda z, x, key=None: jnp.tanh(0.5 * z + x))
+        >>> int(deq.solve(jnp.zeros(3)).stats["num_evals"])
+        8
+
+    References:
+        S. McCallum, K. Arora, J. Foster (2025), Reversible deep equilibrium models,
+        doi:10.48550/arXiv.2509.12917.
+    """
+
+    def __init__(
+        self, cell: Any, *, num_steps: int = 4, beta: float = 0.5, batch_ndim: int = 0
+    ):
+        check_count("num_steps", num_steps, 1)
+        self.cell = cell
+        self.solver = Reversible(None, None, beta=beta, batch_ndim=batch_ndim)
+        self.adjoint = ReversibleAdjoint()
+        self.max_steps = num_steps
+
+
+def _apply_cell(z: PyTree, args: tuple) -> PyTree:
+    cell, x, key = args
+    return cell(z, x) if key is None else cell(z, x, key=key)

@@ -1,0 +1,4 @@
+"""Fixed-point solvers; every one an `optimistix.AbstractFixedPointSolver`."""
+
+from ._picard import Picard as Picard
+from ._reversible import Reversible as Reversible

@@ -1,0 +1,210 @@
+"""What all deqjax solvers share: the stopping rule and the record of a solve."""
+
+import abc
+import math
+from typing import Any, ClassVar, Generic
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .. import _tree
+from .._types import Aux, Counts, Flags, Options, Reals, State, Y
+
+
+class Progress(eqx.Module):
+    """The best evaluated iterate of each problem, and how its solve stands.
+
+    Attributes:
+        value: the best iterate seen (smallest residual), or the converged one.
+        aux: what the map returned beside its value there.
+        residual: ‖f(value) − value‖₂.
+        norm: ‖f(value)‖₂.
+        last_residual: the residual of the iterate evaluated last.
+        converged: the stopping rule holds at `value`.
+        failed: the iteration met a residual that is not finite and cannot go on.
+        num_steps: steps taken while the problem was active.
+        best_step: steps that lead from the start to `value`.
+    """
+
+    value: PyTree
+    aux: PyTree
+    residual: Reals
+    norm: Reals
+    last_residual: Reals
+    converged: Flags
+    failed: Flags
+    num_steps: Counts
+    best_step: Counts
+
+    @staticmethod
+    def start(value: PyTree, z: PyTree, aux_struct: PyTree, batch_ndim: int):
+        """The record before the first evaluation; `z` gives batch and dtype."""
+        shape = _tree.batch_shape(z, batch_ndim)
+        if batch_ndim > 0 and _tree.batch_shape(aux_struct, batch_ndim) not in (
+            (),
+            shape,
+        ):
+            raise ValueError(
+                f"With `batch_ndim={batch_ndim}` every leaf of `aux` needs the leading "
+                f"axes {shape} of the iterate, since the best iterates of different "
+                "problems belong to different evaluations."
+            )
+        # Made from the norm of z, not from its shape: on a mesh with explicit axes
+        # this gives the record the sharding of the batch.
+        zero = jnp.zeros_like(_tree.norm(z, batch_ndim))
+        no = jnp.zeros_like(zero, dtype=bool)
+        nan = jnp.full_like(zero, jnp.nan)
+        count = jnp.zeros_like(zero, dtype=jnp.int32)
+        return Progress(
+            value, _tree.zeros_like(aux_struct), nan, nan, nan, no, no, count, count
+        )
+
+    def active(self, options: Options) -> Flags:
+        """Which problems may take another step."""
+        active = ~(self.converged | self.failed)
+        if "step_budget" in options:
+            active = active & (self.num_steps < options["step_budget"])
+        return active
+
+
+class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Aux, State]):
+    """A fixed-point solver with the stopping rule and the statistics of deqjax.
+
+    The one stopping rule, per problem and in the 2-norm:
+
+        ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖
+
+    With `rtol=None, atol=None` nothing is tested, and exactly `max_steps` steps are
+    taken in a loop of static length.
+    """
+
+    rtol: eqx.AbstractVar[float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: eqx.AbstractVar[float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    min_steps: eqx.AbstractVar[int]
+    batch_ndim: eqx.AbstractVar[int]
+
+    known_options: ClassVar[frozenset[str]] = frozenset({"step_budget", "record"})
+
+    def __check_init__(self):
+        for name, tol in (("rtol", self.rtol), ("atol", self.atol)):
+            if tol is None or isinstance(tol, Array):
+                continue
+            if isinstance(tol, bool) or not (
+                isinstance(tol, int | float) and math.isfinite(tol) and tol >= 0
+            ):
+                raise ValueError(
+                    f"`{name}` must be a non-negative number, or None for a solve "
+                    f"without a test; got {tol!r}."
+                )
+        if (self.rtol is None) != (self.atol is None):
+            raise ValueError(
+                f"`rtol` and `atol` must both be numbers, or both None for a loop of "
+                f"static length; got rtol={self.rtol!r}, atol={self.atol!r}."
+            )
+        check_count("batch_ndim", self.batch_ndim, 0)
+        check_count("min_steps", self.min_steps, 0)
+
+    @property
+    def static(self) -> bool:
+        """Whether the solve tests nothing and takes exactly `max_steps` steps."""
+        return self.rtol is None
+
+    @property
+    def norm(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The norm of the stopping rule (for optimistix; per problem inside)."""
+        return optx.two_norm
+
+    def passes(self, residual: Reals, norm: Reals) -> Flags:
+        """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true)."""
+        assert self.rtol is not None and self.atol is not None
+        tol = self.atol + self.rtol * norm
+        return (residual <= tol) & jnp.isfinite(norm)
+
+    def observe(
+        self,
+        progress: Progress,
+        active: Flags,
+        value: PyTree,
+        z: PyTree,
+        f: PyTree,
+        aux: PyTree,
+        *,
+        recovers: bool = False,
+    ) -> Progress:
+        """Enter an evaluation f = fn(z) of the active problems into the record.
+
+        `value` is what to keep should z be the best iterate. The record carries no
+        derivative: norms have none at 0.
+        """
+        f, z = lax.stop_gradient((f, z))
+        residual = _tree.norm(_tree.subtract(f, z), self.batch_ndim)
+        norm = _tree.norm(f, self.batch_ndim)
+        finite = jnp.isfinite(residual) & jnp.isfinite(norm)
+        first = progress.num_steps == 0
+        converged = self.passes(residual, norm) & (progress.num_steps >= self.min_steps)
+        improved = first | (finite & ~(progress.residual <= residual)) | converged
+        take = active & improved
+        return Progress(
+            value=_tree.where(take, value, progress.value),
+            aux=_tree.where(take, aux, progress.aux),
+            residual=jnp.where(take, residual, progress.residual),
+            norm=jnp.where(take, norm, progress.norm),
+            last_residual=jnp.where(active, residual, progress.last_residual),
+            converged=progress.converged | (active & converged),
+            failed=progress.failed | (active & ~finite & (not recovers)),
+            num_steps=progress.num_steps + active.astype(jnp.int32),
+            best_step=jnp.where(take, progress.num_steps, progress.best_step),
+        )
+
+    def verdict(self, progress: Progress) -> tuple[Array, optx.RESULTS]:
+        """Whether all problems are done, and with what result."""
+        done = jnp.all(progress.converged | progress.failed)
+        result = optx.RESULTS.where(
+            done & jnp.any(progress.failed),
+            optx.RESULTS.nonfinite,
+            optx.RESULTS.successful,
+        )
+        return done, result
+
+    @abc.abstractmethod
+    def last_residual(self, y: Y, state: State) -> Reals:
+        """The residual of the iterate evaluated last, for `options={"record": True}`."""
+
+    @abc.abstractmethod
+    def steps_taken(self, state: State) -> Counts:
+        """The steps that each problem has taken."""
+
+
+def statistics(
+    residual: Reals, norm: Reals, converged: Flags, num_steps: Counts, num_evals: Array
+) -> dict[str, Any]:
+    """The statistics of a solve; see `deqjax.fixed_point`."""
+    tiny = jnp.finfo(norm.dtype).tiny
+    return {
+        "num_steps": num_steps,
+        "num_evals": num_evals,
+        "residual": residual,
+        "relative_residual": residual / jnp.maximum(norm, tiny),
+        "converged": converged,
+    }
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an integer ≥ {least}; got {value!r}.")
+
+
+def check_beta(beta: Any, *, below: float) -> None:
+    """Raise unless `beta`, the weight on f, lies in (0, below)."""
+    if isinstance(beta, Array):
+        return
+    if isinstance(beta, bool) or not (
+        isinstance(beta, int | float) and 0 < beta < below
+    ):
+        raise ValueError(
+            f"`beta`, the weight on f, must satisfy 0 < beta < {below:g}; got {beta!r}."
+        )
