@@ -2,11 +2,11 @@
 
 At R(z, θ) = 0 (for a fixed point R = f(z, θ) − z) the tangents satisfy
 
-    ∂R/∂z ż = −∂R/∂θ θ̇ .
+    A ż = −B θ̇,        A = ∂R/∂z,  B = ∂R/∂θ .
 
-One custom JVP rule serves every adjoint of this file; they differ only in the
-`Inverse` that stands for (∂R/∂z)⁻¹. The rule is linear in θ̇ and transposable, so that
-forward mode, reverse mode and their compositions all come from it.
+One custom JVP rule serves every adjoint of this file; they differ only in the `Inverse`
+that stands for A⁻¹. The rule is linear in θ̇ and transposable, so that forward mode,
+reverse mode and their compositions all come from it.
 """
 
 import abc
@@ -20,7 +20,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._upstream import Extras, Inputs
@@ -33,105 +33,76 @@ _Linear = Callable[[PyTree], PyTree]
 
 
 class AbstractInverse(eqx.Module):
-    """Stands for (∂R/∂z)⁻¹ in the implicit rule."""
+    """Stands for A⁻¹ in the implicit rule."""
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        operator: _Linear,
-        rhs: PyTree,
-        probe: tuple[BackwardStats, BackwardStats] | None,
-    ) -> PyTree:
-        """Solve `operator(x) = rhs`, transposably.
+    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
+        """Aᵀ v as this inverse inverts it, given the exact product."""
 
-        `probe` is the probe and its tangent; the transposed solve returns the
-        statistics as the tangent's cotangent.
-        """
+    @abc.abstractmethod
+    def solve(
+        self, operator: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """x with `operator(x) = rhs`, and if asked for the entries of a probe."""
 
 
 class Identity(AbstractInverse):
     """(J − I)⁻¹ ≈ −I: the zeroth term of the Neumann series."""
 
-    def __call__(
-        self,
-        operator: _Linear,
-        rhs: PyTree,
-        probe: tuple[BackwardStats, BackwardStats] | None,
-    ) -> PyTree:
-        return jtu.tree_map(jnp.negative, rhs)
+    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
+        return _negative(vector)
+
+    def solve(
+        self, operator: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    ) -> tuple[PyTree, dict[str, Any]]:
+        return _negative(rhs), {"num_products": jnp.array(0)} if measure else {}
 
 
 class LinearSolve(AbstractInverse):
-    """(∂R/∂z)⁻¹ by a lineax solver, in both directions."""
+    """A⁻¹ by a lineax solver, in both directions."""
 
     solver: lx.AbstractLinearSolver
     tags: frozenset[object]
     on_failure: Literal["keep", "nan", "jfb"]
     batch_ndim: int
 
-    def __call__(
-        self,
-        operator: _Linear,
-        rhs: PyTree,
-        probe: tuple[BackwardStats, BackwardStats] | None,
-    ) -> PyTree:
-        if probe is None:
-            return lax.custom_linear_solve(
-                operator,
-                rhs,
-                lambda mv, b: self._solve(mv, b, False)[0],
-                lambda vm, b: self._solve(vm, b, True)[0],
-            )
-        # The system is extended by an identity block for the probe. The transposed
-        # solve returns, in that block, the statistics instead of the cotangent.
-        stats, tangent = probe
+    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
+        return exact
 
-        def extended(mv: Callable) -> _Linear:
-            return lambda v: mv((v, _tree.zeros_like(tangent)))[0]
-
-        def forward(mv: Callable, b: PyTree) -> PyTree:
-            return self._solve(extended(mv), b[0], False)[0], b[1]
-
-        def backward(vm: Callable, b: PyTree) -> PyTree:
-            solution, entries = self._solve(extended(vm), b[0], True, measure=True)
-            return solution, stats.record(**entries)
-
-        solution, _ = lax.custom_linear_solve(
-            lambda v: (operator(v[0]), v[1]), (rhs, tangent), forward, backward
-        )
-        return solution
-
-    def _solve(
-        self, mv: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    def solve(
+        self, operator: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
-        """Solve with the right-hand side scaled to 1 per problem."""
         k = self.batch_ndim
-        structure = jax.eval_shape(lambda: rhs)
-        operator = lx.FunctionLinearOperator(
-            mv, structure, lx.transpose_tags(self.tags) if transposed else self.tags
-        )
+        # Scaled to 1 per problem: linear solvers take a small right-hand side for 0.
         size = _tree.max_abs(rhs, k)
         zero = size == 0
         unit = jnp.where(zero | ~jnp.isfinite(size), 1, size)
         scaled = _tree.scale(1 / unit, rhs)
-        sol = lx.linear_solve(operator, scaled, self.solver, throw=False)
+        sol = lx.linear_solve(
+            lx.FunctionLinearOperator(
+                operator,
+                jax.eval_shape(lambda: rhs),
+                lx.transpose_tags(self.tags) if transposed else self.tags,
+            ),
+            scaled,
+            self.solver,
+            throw=False,
+        )
         value = sol.value
-        converged = sol.stats.get("converged", None)
-        if converged is None:
-            converged = jnp.broadcast_to(sol.result == lx.RESULTS.successful, size.shape)
+        converged = sol.stats.get("converged", sol.result == lx.RESULTS.successful)
         converged = zero | (converged & _tree.all_finite(value, k))
         fallback = {
-            "keep": value,
-            "nan": jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), value),
-            "jfb": jtu.tree_map(jnp.negative, scaled),
-        }[self.on_failure]
+            "keep": lambda: value,
+            "nan": lambda: jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), value),
+            "jfb": lambda: _negative(scaled),
+        }[self.on_failure]()
         value = _tree.where(converged, value, fallback)
         value = _tree.where(zero, _tree.zeros_like(value), value)
         entries: dict[str, Any] = {}
         if measure:
             residual = sol.stats.get("residual", None)
             if residual is None:
-                residual = _tree.norm(_tree.subtract(scaled, mv(value)), k)
+                residual = _tree.norm(_tree.subtract(scaled, operator(value)), k)
             norm = _tree.norm(scaled, k)
             entries = {
                 "residual": residual * unit,
@@ -316,9 +287,9 @@ def _implicit_jvp(primals, tangents):
 
     # The fixed point depends on what fn sees, not on where the solver started.
     t_theta = (t_inputs.fn, t_inputs.args)
-    still = jtu.tree_map(lambda t: t is None, t_theta, is_leaf=lambda t: t is None)
+    still = jtu.tree_map(lambda t: t is None, t_theta, is_leaf=_is_none)
     fixed, theta = eqx.partition(
-        (inputs.fn, inputs.args), still, is_leaf=lambda t: t is None
+        (inputs.fn, inputs.args), still, is_leaf=_is_none
     )
     zero_extras = jtu.tree_map(lambda _: None, extras)
     if not jtu.tree_leaves(t_theta):
@@ -328,34 +299,105 @@ def _implicit_jvp(primals, tangents):
         fn, args = eqx.combine(theta, fixed)
         return _residual(rewrite_fn, inputs._replace(fn=fn, args=args), z)
 
-    # One evaluation. Its pull-back is shared by the linear solve and by the final
-    # product; forward products are transposes of it.
+    # One evaluation; everything below is made of its pull-back.
     (residual, aux), pull = jax.vjp(evaluate, value, theta)
-    no_aux, no_residual = _tree.zeros_like(aux), _tree.zeros_like(residual)
-    dz = _transpose(lambda ct: pull((ct, no_aux))[0], residual)
-    dtheta = _transpose(lambda ct: pull((ct, no_aux))[1], residual)
-    daux = _transpose(lambda ct: pull((no_residual, ct)), aux)
-
-    rhs = jtu.tree_map(jnp.negative, dtheta(t_theta))
-    pair = None
-    if probe is not None and any(t is not None for t in jtu.tree_leaves(t_probe)):
+    probed = probe is not None and any(
+        t is not None for t in jtu.tree_leaves(t_probe, is_leaf=_is_none)
+    )
+    if probed:
         t_probe = jtu.tree_map(
-            lambda p, t: jnp.zeros_like(p) if t is None else t,
-            probe,
+            lambda t, p: jnp.zeros_like(p) if t is None else t,
             t_probe,
-            is_leaf=lambda t: t is None,
+            probe,
+            is_leaf=_is_none,
         )
-        pair = (probe, t_probe)
-    t_value = inverse(dz, rhs, pair)
-    t_aux = extras.aux
-    if jtu.tree_leaves(aux):
-        moved = daux((t_value, t_theta))
-        t_aux = eqx.combine(moved, jtu.tree_map(lambda _: None, extras.aux))
-    else:
-        t_aux = zero_extras.aux
+    t_value, t_aux = _tangents(
+        inverse,
+        pull,
+        (residual, aux),
+        t_theta,
+        (probe, t_probe) if probed else None,
+    )
     return (value, extras), (t_value, zero_extras._replace(aux=t_aux))
 
 
+def _tangents(
+    inverse: AbstractInverse,
+    pull: Callable,
+    outputs: tuple[PyTree, PyTree],
+    t_theta: PyTree,
+    probe: tuple[BackwardStats, BackwardStats] | None,
+) -> tuple[PyTree, PyTree]:
+    """ż and the tangent of aux, as one linear solve that is transposed by `pull`.
+
+    With C = ∂aux/∂(z, θ), and one more identity block for the probe, the system is
+
+        | A    B    0 |  | ż |     | 0 |
+        | 0    I    0 |  | d |  =  | θ̇ |
+        | −C_z −C_θ I |  | ȧ |     | 0 |
+
+    so that its transposed solve has all that a backward pass computes: the right-hand
+    side z̄ + C_zᵀ ā, the solve with Aᵀ, and one product for the cotangent of θ. In the
+    block of the probe it returns the statistics instead of the cotangent.
+    """
+    residual, aux = outputs
+    no_residual, no_aux = _tree.zeros_like(residual), _tree.zeros_like(aux)
+    stats, t_probe = (None, None) if probe is None else probe
+
+    def pull_residual(ct: PyTree) -> tuple[PyTree, PyTree]:
+        z, d = pull((ct, no_aux))
+        return inverse.product(z, ct), d
+
+    adjoint = lambda ct: pull_residual(ct)[0]
+    operator = _transpose(adjoint, residual)
+    push_theta = _transpose(lambda ct: pull_residual(ct)[1], residual)
+    push = _transpose(pull_residual, residual)
+    push_aux = _transpose(lambda ct: pull((no_residual, ct)), aux)
+    if not jtu.tree_leaves(aux):
+        push_aux = lambda _: aux
+
+    def matvec(v: PyTree) -> PyTree:
+        z, d, a, p = v
+        r = push((z, d))
+        return r, d, jtu.tree_map(jnp.subtract, a, push_aux((z, d))), p
+
+    def solve(_: Callable, b: PyTree) -> PyTree:
+        r, d, a, p = b
+        rhs = jtu.tree_map(jnp.subtract, r, push_theta(d))
+        z, _ = inverse.solve(operator, rhs, False)
+        return z, d, jtu.tree_map(jnp.add, a, push_aux((z, d))), p
+
+    def transposed(_: Callable, ct: PyTree) -> PyTree:
+        z, d, a, p = ct
+        if jtu.tree_leaves(a):
+            z = jtu.tree_map(jnp.add, z, pull((no_residual, a))[0])
+        adjoint_state, entries = inverse.solve(adjoint, z, True, stats is not None)
+        _, moved = pull((_negative(adjoint_state), a))
+        if stats is not None:
+            p = stats.record(**entries)
+        return adjoint_state, jtu.tree_map(jnp.add, d, moved), a, p
+
+    # JAX transposes the solve only if every part of its right-hand side is a tangent.
+    origin = _linear_zero(t_theta)
+    zero = lambda x: jtu.tree_map(lambda t: t + origin.astype(t.dtype), x)
+    rhs = (zero(no_residual), t_theta, zero(no_aux), t_probe)
+    z, _, a, _ = lax.custom_linear_solve(matvec, rhs, solve, transposed)
+    return z, a
+
+
 def _transpose(linear: _Linear, example: PyTree) -> _Linear:
-    transposed = jax.linear_transpose(linear, example)
-    return lambda ct: transposed(ct)[0]
+    # Made when called: reverse mode never asks for it outside `matvec`.
+    return lambda ct: jax.linear_transpose(linear, example)(ct)[0]
+
+
+def _linear_zero(t: PyTree) -> Array:
+    """0, as a linear function of the tangent t: the sum of none of its entries."""
+    return jnp.sum(jnp.atleast_1d(jtu.tree_leaves(t)[0])[:0])
+
+
+def _negative(x: PyTree) -> PyTree:
+    return jtu.tree_map(jnp.negative, x)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
