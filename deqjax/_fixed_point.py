@@ -159,15 +159,14 @@ def _canonical_options(solver: Any, options: dict[str, Any] | None) -> dict[str,
                 f"`options` has unknown entries {unknown} for "
                 f"{type(solver).__name__}; known are {sorted(solver.known_options)}."
             )
-    if "step_budget" in options:
+    for name in {"step_budget", "beta"} & set(options):
         # An array, so that another budget is another value, not another program.
-        budget = jnp.asarray(options["step_budget"])
-        if not jnp.issubdtype(budget.dtype, jnp.integer) or budget.ndim != 0:
+        value = jnp.asarray(options[name])
+        if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim != 0:
             raise ValueError(
-                '`options["step_budget"]` must be an integer; got '
-                f"{options['step_budget']!r}."
+                f'`options["{name}"]` must be an integer; got {options[name]!r}.'
             )
-        options["step_budget"] = budget.astype(jnp.int32)
+        options[name] = value.astype(jnp.int32)
     if not isinstance(options.get("record", False), bool):
         raise ValueError(
             f'`options["record"]` must be True or False; got {options["record"]!r}.'

@@ -42,30 +42,6 @@ def solve(
     return value, extras
 
 
-def repeat(times: Any, body: Callable, init: PyTree) -> PyTree:
-    """`body(i, val)` for i < times; unrolled if times is a small static integer."""
-    if isinstance(times, int) and times <= 2 * UNROLL:
-        for i in range(times):
-            init = body(i, init)
-        return init
-    return lax.fori_loop(0, times, body, init)
-
-
-def branch(pred: Any, on_true: Callable, on_false: Callable) -> PyTree:
-    """`lax.cond`, decided while tracing if `pred` is a Python bool."""
-    if isinstance(pred, bool):
-        return on_true() if pred else on_false()
-    return lax.cond(pred, on_true, on_false)
-
-
-def finite_result(y: PyTree) -> optx.RESULTS:
-    """The result of a solve that tests nothing: successful if it stayed finite."""
-    finite = _tree.all_finite(lax.stop_gradient(y))
-    return optx.RESULTS.where(
-        finite, optx.RESULTS.successful, optx.RESULTS.nonfinite
-    )
-
-
 class SolverLoop:
     """A while loop with the signature that optimistix expects.
 
@@ -172,7 +148,7 @@ class SolverLoop:
                 max_steps,
             )
         carry, history = final
-        result = finite_result(carry.y)
+        result = self.inputs.solver.outcome(carry.y, carry.state)
         return carry._replace(terminate=jnp.array(True), result=result), history
 
     # Recording

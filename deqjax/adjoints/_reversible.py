@@ -1,8 +1,8 @@
 """The gradient of the reversible iteration, by running it backwards."""
 
-import functools as ft
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -10,21 +10,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .. import _tree
-from .._upstream import Carry, Extras, Inputs, unvmap_any, unvmap_max
-from ..solvers._base import Progress
-from ..solvers._reversible import Reversible, ReversibleState
-from ._loop import (
-    SolverLoop,
-    as_inputs,
-    branch,
-    detach,
-    finite_result,
-    repeat,
-    solve,
-)
+from .._types import Reals
+from .._upstream import Extras, Inputs, unvmap_any, unvmap_max
+from ..solvers._base import check_count
+from ..solvers._reversible import Reversible
+from ._half_steps import HalfStepLoop, Trail, is_unrolled, sealed, take
+from ._loop import SolverLoop, as_inputs, detach, solve
 from ._stats import BackwardStats
 
 
@@ -42,18 +36,39 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     The evaluation that rebuilds a state is the one that is pulled back. The gradient
     for z₀ is ȳ₀ + z̄₀.
 
-    **Cost:** two evaluations with pull-back per step. **Memory:** 4 copies of z, one
-    pull-back of f and one gradient of the parameters, whatever the number of steps.
+    **Exact** to the rounding of one backpropagation wherever the drift is 0: the
+    reconstruction ends at the known start, and the largest difference from it is the
+    drift, which every backward pass measures. With the exact arithmetic of
+    `deqjax.Reversible` it is 0 at every depth if f returns the same bits whenever it is
+    given the same input. A drift above the tolerance never passes silently.
+
+    **Anchors** are for functions that do not repeat bit for bit, and for float
+    arithmetic: the pair (y, z) is kept every K steps, the reconstruction starts anew from
+    it, and the drift is measured over each segment.
+
+    **Cost:** two evaluations with pull-back per step. **Memory:** 5 copies of z, one
+    pull-back of f and one gradient of the parameters, whatever the number of steps; with
+    exact arithmetic log₂ q bits per entry of z and evaluation; with anchors 2/K
+    copies of z per step.
 
     Reverse mode only, once.
 
     Args:
+        anchors: K, the number of steps between anchors; `"auto"`: as many as amplify
+            rounding by no more than what leaves half of a dtype's digits; None: none.
+        on_drift: what the gradient is if the drift of any problem exceeds the tolerance:
+            `"nan"`, `"raise"` an error, or `"recompute"` by backpropagation through the
+            steps, with checkpoints (in memory of the order of √N states).
+        drift_tol: the drift to accept, relative to the largest entry of the states.
+            None: 0 for exact arithmetic without anchors; else
+            min(16 ε (1−β)^(−2K), √ε), ε being the precision of the states' dtype and K
+            the steps between anchors, or of the solve.
         probe: a `BackwardStats` whose gradient is the record of the backward pass; the
-            entry that applies is `drift`, the largest absolute difference between the
-            start that the reconstruction arrives at and the known one.
+            entry that applies is `drift`.
 
     Raises:
-        ValueError: if the solver is not `deqjax.Reversible`.
+        ValueError, TypeError: if the solver is not `deqjax.Reversible`, or an argument
+            is not valid.
 
     Example:
         >>> import deqjax, jax, jax.numpy as jnp
@@ -69,9 +84,27 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
         doi:10.48550/arXiv.2509.12917.
     """
 
+    anchors: int | Literal["auto"] | None = eqx.field(
+        default=None, kw_only=True, static=True
+    )
+    on_drift: Literal["nan", "raise", "recompute"] = eqx.field(
+        default="nan", kw_only=True, static=True
+    )
+    drift_tol: float | None = eqx.field(default=None, kw_only=True, static=True)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
+        if self.anchors is not None and self.anchors != "auto":
+            check_count("anchors", self.anchors, 1)
+        if self.on_drift not in ("nan", "raise", "recompute"):
+            raise ValueError(
+                '`on_drift` must be "nan", "raise" or "recompute"; got '
+                f"{self.on_drift!r}."
+            )
+        if self.drift_tol is not None and not self.drift_tol >= 0:
+            raise ValueError(
+                f"`drift_tol` must be a number ≥ 0 or None; got {self.drift_tol!r}."
+            )
         if self.probe is not None and not isinstance(self.probe, BackwardStats):
             raise TypeError(
                 "`probe` must be a deqjax.BackwardStats or None; got "
@@ -96,240 +129,254 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
             raise ValueError("`ReversibleAdjoint` needs a finite `max_steps`; got None.")
         theta = (named.fn, named.y0, named.args, self.probe)
         rest = named._replace(fn=None, y0=None, args=None)
-        value, extras = _reversible(theta, rest, primal_fn)
+        plan = _Plan(self._every(named), self.on_drift, self.drift_tol)
+        value, extras = _reversible(theta, rest, plan, primal_fn)
         return value, tuple(detach(Extras(*extras)))
+
+    def _every(self, inputs: Inputs) -> int | None:
+        if self.anchors != "auto":
+            return self.anchors
+        growth = 1 / (1 - _largest_beta(inputs.solver))
+        allowed = 1 / math.sqrt(_precision(inputs.y0))
+        return max(1, math.floor(math.log(allowed) / (2 * math.log(growth)) / 2))
+
+
+class _Plan(eqx.Module):
+    """What a backward pass does about drift."""
+
+    every: int | None = eqx.field(static=True)
+    on_drift: str = eqx.field(static=True)
+    drift_tol: float | None = eqx.field(static=True)
+
+    def tolerance(self, inputs: Inputs) -> float:
+        """The drift to accept, relative to the size of the states."""
+        if self.drift_tol is not None:
+            return self.drift_tol
+        solver: Reversible = inputs.solver
+        if solver.arithmetic == "exact" and self.every is None:
+            return 0.0
+        eps = _precision(inputs.y0)
+        steps = inputs.max_steps if self.every is None else self.every
+        log_growth = -2 * steps * math.log(1 - _largest_beta(solver))
+        return math.exp(min(math.log(16 * eps) + log_growth, 0.5 * math.log(eps)))
+
+
+def _largest_beta(solver: Reversible) -> float:
+    betas = solver.beta if isinstance(solver.beta, tuple) else (solver.beta,)
+    return max(float(beta) for beta in betas)
+
+
+def _precision(y: PyTree) -> float:
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(y))
 
 
 @eqx.filter_custom_vjp
-def _reversible(theta: PyTree, rest: Inputs, primal_fn: Callable) -> PyTree:
-    out, _ = _forward(theta, rest, primal_fn)
-    return out
+def _reversible(
+    theta: PyTree, rest: Inputs, plan: _Plan, primal_fn: Callable
+) -> PyTree:
+    fn, y0, args, _ = theta
+    inputs = rest._replace(fn=fn, y0=y0, args=args)
+    value, extras = solve(primal_fn, inputs, HalfStepLoop(inputs, leave_trail=False))
+    return value, tuple(extras)
 
 
 @_reversible.def_fwd
-def _reversible_fwd(perturbed, theta, rest, primal_fn):
-    return _forward(theta, rest, primal_fn)
-
-
-def _forward(theta: PyTree, rest: Inputs, primal_fn: Callable) -> tuple[PyTree, PyTree]:
-    """The solve, and the pair of states from which it can be undone."""
+def _reversible_fwd(perturbed, theta, rest, plan, primal_fn):
     fn, y0, args, _ = theta
     inputs = rest._replace(fn=fn, y0=y0, args=args)
-    value, extras = solve(primal_fn, inputs, HalfStepLoop(inputs))
-    state: ReversibleState = extras.dynamic_state
-    if inputs.solver.static:
-        residuals = (state.companion, value), state.progress.num_steps
-    else:
-        residuals = state.progress.value, state.progress.best_step
-    return (value, tuple(extras)), residuals
+    loop = HalfStepLoop(inputs, leave_trail=True, every=plan.every)
+    value, extras = solve(primal_fn, inputs, loop)
+    return (value, tuple(extras)), loop.trail
 
 
-# Forwards
+class _Carry(eqx.Module):
+    """The pair after half step h, the cotangents of both, and what has added up."""
 
-
-class _Forward(eqx.Module):
-    a: PyTree
-    b: PyTree
-    aux: PyTree
-    progress: Progress
-    num_evals: Array
-    history: Array | None
-
-
-class HalfStepLoop(SolverLoop):
-    """The loop of `Reversible` over half steps, in which f is traced once."""
-
-    def __call__(
-        self,
-        cond_fun: Callable,
-        body_fun: Callable,
-        init_val: tuple,
-        *,
-        max_steps: int,
-    ) -> tuple:
-        solver, options = self.inputs.solver, self.inputs.options
-        init = Carry(*init_val)
-        state: ReversibleState = init.state
-        start = _Forward(
-            state.companion,
-            init.y,
-            init.aux,
-            state.progress,
-            state.num_evals,
-            self.blank_history(init, max_steps),
-        )
-        if solver.static:
-            steps = max_steps
-            if "step_budget" in options:
-                steps = jnp.minimum(options["step_budget"], max_steps)
-            final = repeat(2 * steps, ft.partial(self._static_half, 2 * steps), start)
-            count = jnp.zeros_like(final.progress.num_steps) + steps
-            final = eqx.tree_at(lambda c: c.progress.num_steps, final, count)
-            final = eqx.tree_at(lambda c: c.num_evals, final, jnp.asarray(2 * steps))
-            num_steps, done = jnp.asarray(steps), jnp.array(True)
-            result = finite_result(final.b)
-        else:
-
-            def go_on(val: tuple) -> Array:
-                h, carry = val
-                active = jnp.any(carry.progress.active(options))
-                return unvmap_any(active) & (h < 2 * max_steps)
-
-            def body(val: tuple) -> tuple:
-                h, carry = val
-                return h + 1, self._tested_half(h, carry)
-
-            _, final = lax.while_loop(go_on, body, (jnp.array(0), start))
-            num_steps = jnp.max(final.progress.num_steps, initial=0)
-            done, result = solver.verdict(final.progress)
-        self.history = final.history
-        state = ReversibleState(final.a, final.progress, final.num_evals)
-        carry = Carry(
-            y=final.b,
-            num_steps=num_steps.astype(init.num_steps.dtype),
-            state=state,
-            aux=final.aux,
-            terminate=done,
-            result=result,
-        )
-        return tuple(carry)
-
-    def _static_half(self, total: Any, h: Any, carry: _Forward) -> _Forward:
-        solver = self.inputs.solver
-        f, aux = self.inputs.fn(carry.b, self.inputs.args)
-        observe = lambda: solver.observe_last(carry.progress, carry.b, f)
-        history = carry.history
-        if history is None:
-            progress = branch(h == total - 1, observe, lambda: carry.progress)
-        else:
-            progress = observe()
-            history = history.at[h // 2].set(progress.last_residual)
-        return _Forward(
-            a=carry.b,
-            b=solver.forward_half(carry.a, f),
-            aux=aux,
-            progress=progress,
-            num_evals=carry.num_evals,
-            history=history,
-        )
-
-    def _tested_half(self, h: Array, carry: _Forward) -> _Forward:
-        solver, options = self.inputs.solver, self.inputs.options
-        f, aux = self.inputs.fn(carry.b, self.inputs.args)
-        pair, progress = (carry.a, carry.b), carry.progress
-        before = progress.active(options)
-        progress = lax.cond(
-            h % 2 == 0,
-            lambda: solver.observe(progress, before, pair, carry.b, f, aux),
-            lambda: progress,
-        )
-        moved = (carry.b, solver.forward_half(carry.a, f))
-        a, b = _tree.where(progress.active(options), moved, pair)
-        history = carry.history
-        if history is not None:
-            row = jnp.where(before, progress.last_residual, jnp.nan)
-            # A half step that tests nothing writes what is already there.
-            row = jnp.where(h % 2 == 0, row, history[h // 2])
-            history = history.at[h // 2].set(row)
-        evals = carry.num_evals + jnp.any(before).astype(jnp.int32)
-        return _Forward(a, b, carry.aux, progress, evals, history)
-
-
-# Backwards
-
-
-class _Backward(eqx.Module):
     a: PyTree
     b: PyTree
     ct_a: PyTree
     ct_b: PyTree
     gradient: PyTree
+    drift: Reals
 
 
 @_reversible.def_bwd
-def _reversible_bwd(residuals, cotangents, perturbed, theta, rest, primal_fn):
-    solver: Reversible = rest.solver
-    (a, b), steps = residuals
+def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     fn, y0, args, probe = theta
-    ct_value, ct_extras = cotangents
-    ct_value = _materialise(ct_value, b)
-    ct_aux = Extras(*ct_extras).aux
-    k = solver.batch_ndim
-
     p_fn, p_y0, p_args, p_probe = perturbed
+    inputs: Inputs = rest._replace(fn=fn, y0=y0, args=args)
     moving, fixed = eqx.partition((fn, args), (p_fn, p_args))
 
     def evaluate(z: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
         fn, args = eqx.combine(moving, fixed)
-        f, aux = fn(z, args)
+        f, aux = sealed(fn)(z, args)
         return f, eqx.filter(aux, eqx.is_inexact_array)
 
+    ct_value, ct_extras = cotangents
+    no_aux = _tree.zeros_like(jax.eval_shape(evaluate, y0, moving)[1])
+    ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
     has_aux = bool(jtu.tree_leaves(ct_aux))
-    aux_struct = jax.eval_shape(evaluate, b, moving)[1]
-    no_aux = _tree.zeros_like(aux_struct)
-    ct_aux = _materialise(eqx.filter(ct_aux, eqx.is_inexact_array), no_aux)
+    ct_value, ct_aux = _materialise((ct_value, ct_aux), (y0, no_aux))
 
-    carry = _Backward(
-        a,
-        b,
-        ct_a=_tree.zeros_like(ct_value),
-        ct_b=ct_value,
-        gradient=jtu.tree_map(
-            lambda p: jnp.zeros_like(p, dtype=_tree.wide(p.dtype)), moving
-        ),
-    )
-    if has_aux and not solver.static:
-        # aux was returned by the evaluation that tested the answer.
-        _, pull = jax.vjp(evaluate, b, moving)
-        g_z, g_moving = pull((_tree.zeros_like(b), ct_aux))
-        carry = eqx.tree_at(
-            lambda c: (c.ct_b, c.gradient),
-            carry,
-            (_add(carry.ct_b, g_z), _add(carry.gradient, g_moving)),
+    back = _Backwards(inputs, plan, trail, evaluate, moving, ct_aux if has_aux else None)
+    final, scale = back.run(ct_value)
+    g_y0 = _add(final.ct_a, final.ct_b)
+    gradient = jtu.tree_map(lambda g, p: g.astype(p.dtype), final.gradient, moving)
+
+    bad = ~(final.drift <= plan.tolerance(inputs) * scale)
+    if plan.on_drift == "recompute":
+
+        def recompute() -> tuple[PyTree, PyTree]:
+            def run(y0: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
+                fn, args = eqx.combine(moving, fixed)
+                again = inputs._replace(fn=fn, y0=y0, args=args)
+                loop = SolverLoop(again, "checkpointed")
+                value, extras = solve(primal_fn, again, loop)
+                return value, eqx.filter(extras.aux, eqx.is_inexact_array)
+
+            _, pull = jax.vjp(run, y0, moving)
+            return pull((ct_value, ct_aux))
+
+        g_y0, gradient = lax.cond(
+            unvmap_any(jnp.any(bad)), recompute, lambda: (g_y0, gradient)
         )
-    budget = "step_budget" in rest.options
-    if solver.static and not budget:
-        total = 2 * rest.max_steps
+    elif plan.on_drift == "nan":
+        spoil = lambda t: jnp.where(jnp.any(bad), jnp.nan, t)
+        gradient = jtu.tree_map(spoil, gradient)
+        nan = jtu.tree_map(lambda t: jnp.full_like(t, jnp.nan), g_y0)
+        g_y0 = _tree.where(bad, nan, g_y0)
     else:
-        total = 2 * unvmap_max(jnp.max(steps, initial=0))
+        g_y0, gradient = eqx.error_if((g_y0, gradient), jnp.any(bad), _DRIFTED)
 
-    def half(i: Any, carry: _Backward) -> _Backward:
-        h = total - 1 - i
-        ct_a, ct_f = solver.pull_half(carry.ct_b)
-        if solver.static and not budget:
-            active = None
-        else:
-            active = h < 2 * steps
-            ct_f = _tree.where(active, ct_f, _tree.zeros_like(ct_f))
-        ct_aux_here = no_aux
-        if has_aux and solver.static:
-            ct_aux_here = branch(i == 0, lambda: ct_aux, lambda: no_aux)
-        (f, _), pull = jax.vjp(evaluate, carry.a, moving)
-        g_z, g_moving = pull((ct_f, ct_aux_here))
-        new = (
-            solver.backward_half(carry.b, f),
-            carry.a,
-            ct_a,
-            _add(carry.ct_a, g_z),
+    if not any(jtu.tree_leaves(p_y0)):
+        g_y0 = jtu.tree_map(lambda _: None, g_y0)
+    g_probe = jtu.tree_map(lambda _: None, probe)
+    if any(jtu.tree_leaves(p_probe)):
+        g_probe = probe.record(drift=final.drift)
+    g_fn, g_args = gradient
+    return g_fn, g_y0, g_args, g_probe
+
+
+_DRIFTED = (
+    "The reversible iteration was not undone exactly: the reconstructed start differs "
+    "from the known one by more than `drift_tol`, so that the gradient is not that of "
+    "the steps taken. Either `fn` does not return the same bits for the same input "
+    "(randomness that is not fixed by a key, or a program compiled differently in the "
+    'two passes: use `ReversibleAdjoint(anchors="auto")` or `on_drift="recompute"`), or '
+    'the solve is too deep for float arithmetic (use `Reversible(arithmetic="exact")`).'
+)
+
+
+class _Backwards:
+    """The half steps of a solve, undone."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        plan: _Plan,
+        trail: Trail,
+        evaluate: Callable,
+        moving: PyTree,
+        ct_aux: PyTree | None,
+    ):
+        self.inputs, self.plan, self.trail = inputs, plan, trail
+        self.evaluate, self.moving, self.ct_aux = evaluate, moving, ct_aux
+        self.solver: Reversible = inputs.solver
+        self.calculus = self.solver.calculus(inputs.options)
+        self.start = self.calculus.encode(inputs.y0, trail.unit)
+        max_steps = inputs.max_steps
+        self.unrolled = is_unrolled(self.solver, inputs.options, max_steps)
+        # Whether all problems have taken the same, static number of steps.
+        self.even = self.solver.static and "step_budget" not in inputs.options
+        self.total: Any = 2 * max_steps
+        if not self.even:
+            self.total = 2 * unvmap_max(jnp.max(trail.steps, initial=0))
+
+    def run(self, ct_value: PyTree) -> tuple[_Carry, Reals]:
+        """Everything added up, and the size of the states for comparison."""
+        (a, b), y0, k = self.trail.pair, self.inputs.y0, self.solver.batch_ndim
+        gradient = jtu.tree_map(
+            lambda p: jnp.zeros_like(p, dtype=_tree.wide(p.dtype)), self.moving
         )
+        size = jnp.maximum(_tree.max_abs(y0, k), _tree.max_abs(self._decode(b), k))
+        carry = _Carry(
+            a, b, _tree.zeros_like(ct_value), ct_value, gradient, jnp.zeros_like(size)
+        )
+        if self.ct_aux is not None and not self.solver.static:
+            # aux came from the evaluation that tested the answer, of which no step
+            # was made.
+            answer = _tree.where(self.trail.steps == 0, y0, self._decode(b))
+            _, pull = jax.vjp(self.evaluate, answer, self.moving)
+            g_z, g_moving = pull((_tree.zeros_like(y0), self.ct_aux))
+            carry = eqx.tree_at(
+                lambda c: (c.ct_b, c.gradient),
+                carry,
+                (_add(ct_value, g_z), _add(gradient, g_moving)),
+            )
+        if self.unrolled:
+            for i in range(self.total):
+                carry = self._half(i, carry)
+        else:
+            carry = lax.fori_loop(0, self.total, self._half, carry)
+        return carry, size
+
+    def _decode(self, carrier: PyTree) -> PyTree:
+        return self.calculus.decode(carrier, self.trail.unit, self.inputs.y0)
+
+    def _half(self, i: Any, carry: _Carry) -> _Carry:
+        """Undo half step h = total − 1 − i."""
+        h, y0, trail = self.total - 1 - i, self.inputs.y0, self.trail
+        active = None if self.even else h < 2 * trail.steps
+        ct_a, ct_f = self.calculus.pull(carry.ct_b)
+        if active is not None:
+            ct_f = _tree.where(active, ct_f, _tree.zeros_like(ct_f))
+        # The first evaluation was of z₀ itself, not of its place on the grid.
+        if self.unrolled:
+            x = y0 if h == 0 else self._decode(carry.a)
+        else:
+            known = jnp.broadcast_to(h == 0, carry.drift.shape)
+            x = _tree.where(known, y0, self._decode(carry.a))
+        (f, aux), pull = jax.vjp(self.evaluate, x, self.moving)
+        ct_aux = _tree.zeros_like(aux)
+        if self.ct_aux is not None and self.solver.static:
+            last = jnp.asarray(i == 0)
+            ct_aux = jtu.tree_map(
+                lambda t, z: jnp.where(last, t, z), self.ct_aux, ct_aux
+            )
+        g_z, g_moving = pull((ct_f, ct_aux))
+        digits = take(trail.digits, h)
+        before = self.calculus.retreat(carry.b, f, trail.unit, digits)
+        pair, drift = self._compare(h, (before, carry.a), carry.drift, active)
+        new = (*pair, ct_a, _add(carry.ct_a, g_z))
         if active is not None:
             old = (carry.a, carry.b, carry.ct_a, carry.ct_b)
             new = _tree.where(active, new, old)
-        return _Backward(*new, gradient=_add(carry.gradient, g_moving))
+        return _Carry(*new, _add(carry.gradient, g_moving), drift)
 
-    carry = repeat(total, half, carry)
-    g_y0 = _add(carry.ct_a, carry.ct_b) if any(jtu.tree_leaves(p_y0)) else None
-    if g_y0 is None:
-        g_y0 = jtu.tree_map(lambda _: None, y0)
-    gradient = jtu.tree_map(lambda g, p: g.astype(p.dtype), carry.gradient, moving)
-    g_fn, g_args = gradient
-    g_probe = None
-    if probe is not None:
-        g_probe = jtu.tree_map(lambda _: None, probe)
-        if any(jtu.tree_leaves(p_probe)):
-            off = _tree.subtract((carry.a, carry.b), (y0, y0))
-            g_probe = probe.record(drift=_tree.max_abs(off, k))
-    return g_fn, g_y0, g_args, g_probe
+    def _compare(
+        self, h: Any, pair: PyTree, drift: Reals, active: Any
+    ) -> tuple[PyTree, Reals]:
+        """Where the pair before half step h is known: measure the drift, and use it."""
+        every = self.plan.every
+        if self.unrolled and every is None and h > 0:
+            return pair, drift
+        if every is None:
+            here, known = jnp.asarray(h == 0), (self.start, self.start)
+        else:
+            here = jnp.asarray(h % (2 * every) == 0)
+            known = take(self.trail.anchors, h // (2 * every))
+        off = self.calculus.distance(
+            pair, known, self.trail.unit, self.solver.batch_ndim
+        )
+        if active is not None:
+            here = here & active
+        # A difference that is not a number is one.
+        off = jnp.where(jnp.isnan(off), jnp.inf, off)
+        drift = jnp.where(here, jnp.maximum(drift, off), drift)
+        if every is not None:
+            here = jnp.broadcast_to(here, drift.shape)
+            pair = _tree.where(here, known, pair)
+        return pair, drift
 
 
 def _materialise(cotangent: PyTree, like: PyTree) -> PyTree:

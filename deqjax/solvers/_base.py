@@ -81,8 +81,8 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
     taken in a loop of static length.
     """
 
-    rtol: eqx.AbstractVar[float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
-    atol: eqx.AbstractVar[float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    rtol: eqx.AbstractVar[float | Array | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: eqx.AbstractVar[float | Array | None]  # pyright: ignore[reportIncompatibleVariableOverride]
     min_steps: eqx.AbstractVar[int]
     batch_ndim: eqx.AbstractVar[int]
 
@@ -168,6 +168,13 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
             optx.RESULTS.successful,
         )
         return done, result
+
+    def outcome(self, y: Y, state: State) -> optx.RESULTS:
+        """The result of a static solve: successful if it stayed finite."""
+        finite = _tree.all_finite(lax.stop_gradient(y))
+        return optx.RESULTS.where(
+            finite, optx.RESULTS.successful, optx.RESULTS.nonfinite
+        )
 
     @abc.abstractmethod
     def last_residual(self, y: Y, state: State) -> Reals:

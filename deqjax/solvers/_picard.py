@@ -70,9 +70,9 @@ class Picard(AbstractSolver[Y, Aux, Any]):
         application aux équations intégrales, doi:10.4064/fm-3-1-133-181.
     """
 
-    rtol: float | None = 1e-4
-    atol: float | None = 1e-6
-    beta: float = field(default=1.0, kw_only=True)
+    rtol: float | Array | None = 1e-4
+    atol: float | Array | None = 1e-6
+    beta: float | Array = field(default=1.0, kw_only=True)
     min_steps: int = field(default=0, kw_only=True)
     batch_ndim: int = field(default=0, kw_only=True)
 
@@ -151,6 +151,7 @@ class Picard(AbstractSolver[Y, Aux, Any]):
             )
             return best.value, best.aux, stats
         residual = self.last_residual(y, state)
+        num_steps = jnp.zeros_like(residual, dtype=jnp.int32) + state.num_steps
         # f(previous), from previous and the damped update.
         f = jtu.tree_map(
             lambda new, old: old + (new - old) / self.beta, y, state.previous
@@ -159,7 +160,7 @@ class Picard(AbstractSolver[Y, Aux, Any]):
             residual,
             _tree.norm(lax.stop_gradient(f), self.batch_ndim),
             _tree.all_finite(y, self.batch_ndim),
-            state.num_steps,
+            num_steps,
             state.num_steps,
         )
         return y, aux, stats

@@ -1,0 +1,326 @@
+"""The reversible iteration forwards: a loop over half steps that leaves a trail.
+
+f is traced once and evaluated inside loops only (or, for short static solves, outside
+loops only), as it is backwards: XLA may compile an evaluation differently in the two
+places, and going back exactly needs the same bits.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from .. import _tree
+from .._types import Counts
+from .._upstream import Carry, Inputs, unvmap_any
+from ..solvers._base import Progress
+from ..solvers._reversible import Reversible, ReversibleState
+from ._loop import UNROLL, SolverLoop
+
+
+class Trail(eqx.Module):
+    """All that going back needs.
+
+    Attributes:
+        pair: the carriers of (y, z) at the answer.
+        steps: steps that led to it, per problem.
+        unit: the unit of the carriers.
+        digits: packed digits of each half step, along the first axis.
+        anchors: pairs at steps 0, K, 2K, …, along the first axis; and one spare.
+    """
+
+    pair: PyTree
+    steps: Counts
+    unit: Any
+    digits: PyTree
+    anchors: PyTree
+
+
+class _Carry(eqx.Module):
+    """The pair before half step h, and f evaluated at its second member."""
+
+    a: PyTree
+    b: PyTree
+    f: PyTree
+    aux: PyTree
+    progress: Progress
+    num_evals: Array
+    history: Array | None
+    digits: PyTree
+    anchors: PyTree
+
+
+def sealed(fn: Callable) -> Callable:
+    """fn behind barriers, so that XLA fuses nothing into it or out of it."""
+
+    def call(z: PyTree, args: PyTree) -> tuple[PyTree, PyTree]:
+        return lax.optimization_barrier(fn(lax.optimization_barrier(z), args))
+
+    return call
+
+
+def is_unrolled(solver: Reversible, options: dict[str, Any], max_steps: int) -> bool:
+    """Whether the half steps are unrolled, forwards and backwards."""
+    return solver.static and "step_budget" not in options and max_steps <= UNROLL
+
+
+class HalfStepLoop(SolverLoop):
+    """The loop of `Reversible`.
+
+    Args:
+        inputs: those of the solve.
+        leave_trail: whether the solve is to be undone.
+        every: steps between anchors, or None.
+
+    Attributes:
+        trail: after the loop has been traced, what going back needs.
+    """
+
+    trail: Trail | None = None
+
+    def __init__(self, inputs: Inputs, leave_trail: bool, every: int | None = None):
+        super().__init__(inputs)
+        self.leave_trail = leave_trail
+        self.every = every
+        self.calculus = inputs.solver.calculus(inputs.options)
+        self.fn = sealed(inputs.fn)
+
+    def __call__(
+        self,
+        cond_fun: Callable,
+        body_fun: Callable,
+        init_val: tuple,
+        *,
+        max_steps: int,
+    ) -> tuple:
+        solver: Reversible = self.inputs.solver
+        init = Carry(*init_val)
+        unrolled = is_unrolled(solver, self.inputs.options, max_steps)
+        f, aux = self._first(init.y, unrolled)
+        self.unit = self.calculus.unit(init.y, f, solver.batch_ndim)
+        start = self._start(init, f, aux, max_steps)
+        run = self._static if solver.static else self._tested
+        final, num_steps, pair, steps = run(start, max_steps, unrolled)
+
+        decode = ft.partial(self.calculus.decode, unit=self.unit, like=init.y)
+        progress = final.progress
+        if not solver.static:
+            best = jtu.tree_map(decode, progress.value, is_leaf=self._is_state)
+            progress = eqx.tree_at(lambda p: p.value, progress, best)
+        state = ReversibleState(
+            companion=decode(final.a),
+            carriers=None if init.state.carriers is None else (final.a, final.b),
+            unit=self.unit,
+            progress=progress,
+            num_evals=final.num_evals,
+        )
+        y = decode(final.b)
+        if solver.static:
+            done, result = jnp.array(True), solver.outcome(y, state)
+        else:
+            _, _, _, args, options, *_, tags = self.inputs
+            done, result = solver.terminate(
+                self.inputs.fn, y, args, options, state, tags
+            )
+        self.history = final.history
+        if self.leave_trail:
+            self.trail = Trail(pair, steps, self.unit, final.digits, final.anchors)
+        count = jnp.asarray(num_steps).astype(init.num_steps.dtype)
+        return tuple(Carry(y, count, state, final.aux, done, result))
+
+    def _is_state(self, x: PyTree) -> bool:
+        return jtu.tree_structure(x) == jtu.tree_structure(self.inputs.y0)
+
+    # The start
+
+    def _first(self, z0: PyTree, unrolled: bool) -> tuple[PyTree, PyTree]:
+        """f(z₀), in a loop of its own unless the half steps are unrolled."""
+        args = self.inputs.args
+        if unrolled:
+            return self.fn(z0, args)
+        blank = _tree.zeros_like(jax.eval_shape(self.fn, z0, args))
+        # XLA would do away with a loop that it knows to run once.
+        once = lax.optimization_barrier(jnp.array(1, jnp.int32))
+        return lax.fori_loop(0, once, lambda *_: self.fn(z0, args), blank)
+
+    def _start(self, init: Carry, f: PyTree, aux: PyTree, max_steps: int) -> _Carry:
+        solver: Reversible = self.inputs.solver
+        a = self.calculus.encode(init.y, self.unit)
+        progress = init.state.progress
+        if not solver.static:
+            progress = eqx.tree_at(
+                lambda p: p.value, progress, (a, a), is_leaf=lambda x: x is None
+            )
+            progress = self._test(progress, a, a, init.y, f, aux)
+        digits = anchors = None
+        if self.leave_trail:
+            words = jax.eval_shape(self.calculus.advance, a, f, self.unit)[1]
+            digits = _buffer(words, 2 * max_steps)
+            if self.every is not None:
+                anchors = _buffer((a, a), -(-max_steps // self.every) + 1)
+        return _Carry(
+            a=a,
+            b=a,
+            f=f,
+            aux=aux if solver.static else init.aux,
+            progress=progress,
+            num_evals=jnp.ones_like(init.state.num_evals),
+            history=self._begin_history(init, progress, max_steps),
+            digits=digits,
+            anchors=anchors,
+        )
+
+    def _begin_history(
+        self, init: Carry, progress: Progress, max_steps: int
+    ) -> Array | None:
+        history = self.blank_history(init, max_steps)
+        if history is None or self.inputs.solver.static:
+            return history
+        return history.at[0].set(progress.last_residual)
+
+    # Half steps
+
+    def _update(self, h: Any, carry: _Carry, active: Any = None) -> _Carry:
+        """Half step h: the pair moves on, and what is lost is kept."""
+        anchors, digits = carry.anchors, carry.digits
+        if anchors is not None:
+            spare = jtu.tree_leaves(anchors)[0].shape[0] - 1
+            at = jnp.where(h % (2 * self.every) == 0, h // (2 * self.every), spare)
+            anchors = _put(anchors, at, (carry.a, carry.b))
+        b, words = self.calculus.advance(carry.a, carry.f, self.unit)
+        if digits is not None:
+            digits = _put(digits, h, words)
+        a, b = carry.b, b
+        if active is not None:
+            a, b = _tree.where(active, (a, b), (carry.a, carry.b))
+        return eqx.tree_at(
+            lambda c: (c.a, c.b, c.digits, c.anchors),
+            carry,
+            (a, b, digits, anchors),
+            is_leaf=lambda x: x is None,
+        )
+
+    def _evaluate(self, carry: _Carry) -> tuple[PyTree, PyTree, PyTree]:
+        z = self.calculus.decode(carry.b, self.unit, self.inputs.y0)
+        return z, *self.fn(z, self.inputs.args)
+
+    def _static(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
+        solver: Reversible = self.inputs.solver
+        options, y0 = self.inputs.options, self.inputs.y0
+        steps: Any = max_steps
+        if "step_budget" in options:
+            steps = jnp.clip(options["step_budget"], 0, max_steps)
+
+        def half(h: Any, carry: _Carry) -> _Carry:
+            carry = self._update(h - 1, carry)
+            z, f, aux = self._evaluate(carry)
+            history = carry.history
+            if history is not None:
+                seen = solver.observe_last(carry.progress, z, f)
+                history = history.at[h // 2].set(seen.last_residual)
+            evals = carry.num_evals + 1
+            return eqx.tree_at(
+                lambda c: (c.f, c.aux, c.history, c.num_evals),
+                carry,
+                (f, aux, history, evals),
+                is_leaf=lambda x: x is None,
+            )
+
+        carry = start
+        if unrolled:
+            for h in range(1, 2 * max_steps):
+                carry = half(h, carry)
+        else:
+            carry = lax.fori_loop(1, 2 * steps, half, carry)
+        last = self._update(2 * steps - 1, carry)
+        if "step_budget" in options:
+            last = eqx.tree_at(
+                lambda c: (c.a, c.b),
+                last,
+                jtu.tree_map(
+                    lambda new, old: jnp.where(steps > 0, new, old),
+                    (last.a, last.b),
+                    (start.a, start.b),
+                ),
+            )
+        x = self.calculus.decode(last.a, self.unit, y0)
+        progress = solver.observe_last(last.progress, x, last.f)
+        count = jnp.zeros_like(progress.num_steps) + steps
+        progress = eqx.tree_at(lambda p: p.num_steps, progress, count)
+        last = eqx.tree_at(lambda c: c.progress, last, progress)
+        return last, steps, (last.a, last.b), count
+
+    def _test(
+        self,
+        progress: Progress,
+        a: PyTree,
+        b: PyTree,
+        z: PyTree,
+        f: PyTree,
+        aux: PyTree,
+    ) -> Progress:
+        active = progress.active(self.inputs.options)
+        return self.inputs.solver.observe(progress, active, (a, b), z, f, aux)
+
+    def _tested(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
+        options = self.inputs.options
+
+        def go_on(val: tuple) -> Array:
+            h, carry = val
+            active = jnp.any(carry.progress.active(options))
+            # Nothing follows the last test.
+            return unvmap_any(active) & (h < 2 * max_steps - 1)
+
+        def body(val: tuple) -> tuple:
+            h, carry = val
+            active = carry.progress.active(options)
+            carry = self._update(h - 1, carry, active)
+            z, f, aux = self._evaluate(carry)
+            even = h % 2 == 0
+            progress = lax.cond(
+                even,
+                lambda: self._test(carry.progress, carry.a, carry.b, z, f, aux),
+                lambda: carry.progress,
+            )
+            history = carry.history
+            if history is not None:
+                row = jnp.where(active, progress.last_residual, jnp.nan)
+                # A half step that tests nothing writes what is already there.
+                row = jnp.where(even, row, history[h // 2])
+                history = history.at[h // 2].set(row)
+            evals = carry.num_evals + jnp.any(active).astype(jnp.int32)
+            carry = eqx.tree_at(
+                lambda c: (c.f, c.progress, c.history, c.num_evals),
+                carry,
+                (f, progress, history, evals),
+                is_leaf=lambda x: x is None,
+            )
+            return h + 1, carry
+
+        _, final = lax.while_loop(go_on, body, (jnp.array(1, jnp.int32), start))
+        progress = final.progress
+        num_steps = jnp.max(progress.num_steps, initial=0)
+        return final, num_steps, progress.value, progress.best_step
+
+
+def _buffer(rows: PyTree, length: int) -> PyTree:
+    def leaf(row: Any) -> Array:
+        return jnp.zeros((length, *row.shape), row.dtype)
+
+    return jtu.tree_map(leaf, rows)
+
+
+def _put(buffer: PyTree, index: Any, rows: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x, row: x.at[index].set(row), buffer, rows)
+
+
+def take(buffer: PyTree, index: Any) -> PyTree:
+    """Row `index` of every leaf."""
+    pick = ft.partial(lax.dynamic_index_in_dim, index=index, keepdims=False)
+    return jtu.tree_map(pick, buffer)
