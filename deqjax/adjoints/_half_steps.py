@@ -43,10 +43,15 @@ class Trail(eqx.Module):
 
 
 class _Carry(eqx.Module):
-    """The pair before half step h, and f evaluated at its second member."""
+    """The pair before half step h, and f evaluated at its second member.
+
+    Or, at the top of the loop, the pair after half step h, and the point z where f is to
+    be evaluated next. Carrying it keeps XLA from fusing its making into f.
+    """
 
     a: PyTree
     b: PyTree
+    z: PyTree
     f: PyTree
     aux: PyTree
     progress: Progress
@@ -167,6 +172,7 @@ class HalfStepLoop(SolverLoop):
         return _Carry(
             a=a,
             b=a,
+            z=init.y,
             f=f,
             aux=aux if solver.static else init.aux,
             progress=progress,
@@ -187,7 +193,7 @@ class HalfStepLoop(SolverLoop):
     # Half steps
 
     def _update(self, h: Any, carry: _Carry, active: Any = None) -> _Carry:
-        """Half step h: the pair moves on, and what is lost is kept."""
+        """Half step h: the pair moves on, what is lost is kept, the next point made."""
         anchors, digits = carry.anchors, carry.digits
         if anchors is not None:
             spare = jtu.tree_leaves(anchors)[0].shape[0] - 1
@@ -199,16 +205,13 @@ class HalfStepLoop(SolverLoop):
         a, b = carry.b, b
         if active is not None:
             a, b = _tree.where(active, (a, b), (carry.a, carry.b))
+        z = self.calculus.point(b, self.unit, self.inputs.y0)
         return eqx.tree_at(
-            lambda c: (c.a, c.b, c.digits, c.anchors),
+            lambda c: (c.a, c.b, c.z, c.digits, c.anchors),
             carry,
-            (a, b, digits, anchors),
+            (a, b, z, digits, anchors),
             is_leaf=lambda x: x is None,
         )
-
-    def _evaluate(self, carry: _Carry) -> tuple[PyTree, PyTree, PyTree]:
-        z = self.calculus.decode(carry.b, self.unit, self.inputs.y0)
-        return z, *self.fn(z, self.inputs.args)
 
     def _static(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
         solver: Reversible = self.inputs.solver
@@ -218,27 +221,25 @@ class HalfStepLoop(SolverLoop):
             steps = jnp.clip(options["step_budget"], 0, max_steps)
 
         def half(h: Any, carry: _Carry) -> _Carry:
-            carry = self._update(h - 1, carry)
-            z, f, aux = self._evaluate(carry)
+            f, aux = self.fn(carry.z, self.inputs.args)
             history = carry.history
             if history is not None:
-                seen = solver.observe_last(carry.progress, z, f)
+                seen = solver.observe_last(carry.progress, carry.z, f)
                 history = history.at[h // 2].set(seen.last_residual)
-            evals = carry.num_evals + 1
-            return eqx.tree_at(
+            carry = eqx.tree_at(
                 lambda c: (c.f, c.aux, c.history, c.num_evals),
                 carry,
-                (f, aux, history, evals),
+                (f, aux, history, carry.num_evals + 1),
                 is_leaf=lambda x: x is None,
             )
+            return self._update(h, carry)
 
-        carry = start
+        last = self._update(0, start)
         if unrolled:
             for h in range(1, 2 * max_steps):
-                carry = half(h, carry)
+                last = half(h, last)
         else:
-            carry = lax.fori_loop(1, 2 * steps, half, carry)
-        last = self._update(2 * steps - 1, carry)
+            last = lax.fori_loop(1, 2 * steps, half, last)
         if "step_budget" in options:
             last = eqx.tree_at(
                 lambda c: (c.a, c.b),
@@ -280,13 +281,13 @@ class HalfStepLoop(SolverLoop):
         def body(val: tuple) -> tuple:
             h, carry = val
             active = carry.progress.active(options)
-            carry = self._update(h - 1, carry, active)
-            z, f, aux = self._evaluate(carry)
+            f, aux = self.fn(carry.z, self.inputs.args)
             even = h % 2 == 0
-            progress = lax.cond(
-                even,
-                lambda: self._test(carry.progress, carry.a, carry.b, z, f, aux),
-                lambda: carry.progress,
+            # Marked as not a number where an entry has left the grid.
+            z = self.calculus.decode(carry.b, self.unit, self.inputs.y0)
+            tested = self._test(carry.progress, carry.a, carry.b, z, f, aux)
+            progress = jtu.tree_map(
+                lambda new, old: jnp.where(even, new, old), tested, carry.progress
             )
             history = carry.history
             if history is not None:
@@ -301,8 +302,9 @@ class HalfStepLoop(SolverLoop):
                 (f, progress, history, evals),
                 is_leaf=lambda x: x is None,
             )
-            return h + 1, carry
+            return h + 1, self._update(h, carry, progress.active(options))
 
+        start = self._update(0, start, start.progress.active(options))
         _, final = lax.while_loop(go_on, body, (jnp.array(1, jnp.int32), start))
         progress = final.progress
         num_steps = jnp.max(progress.num_steps, initial=0)

@@ -292,7 +292,10 @@ def _implicit_jvp(primals, tangents):
         (inputs.fn, inputs.args), still, is_leaf=_is_none
     )
     zero_extras = jtu.tree_map(lambda _: None, extras)
-    if not jtu.tree_leaves(t_theta):
+    probed = probe is not None and any(
+        t is not None for t in jtu.tree_leaves(t_probe, is_leaf=_is_none)
+    )
+    if not (jtu.tree_leaves(t_theta) or probed):
         return (value, extras), (jtu.tree_map(lambda _: None, value), zero_extras)
 
     def evaluate(z: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
@@ -301,9 +304,6 @@ def _implicit_jvp(primals, tangents):
 
     # One evaluation; everything below is made of its pull-back.
     (residual, aux), pull = jax.vjp(evaluate, value, theta)
-    probed = probe is not None and any(
-        t is not None for t in jtu.tree_leaves(t_probe, is_leaf=_is_none)
-    )
     if probed:
         t_probe = jtu.tree_map(
             lambda t, p: jnp.zeros_like(p) if t is None else t,
@@ -315,6 +315,7 @@ def _implicit_jvp(primals, tangents):
         inverse,
         pull,
         (residual, aux),
+        eqx.filter((value, inputs.fn, inputs.args), eqx.is_inexact_array),
         t_theta,
         (probe, t_probe) if probed else None,
     )
@@ -325,6 +326,7 @@ def _tangents(
     inverse: AbstractInverse,
     pull: Callable,
     outputs: tuple[PyTree, PyTree],
+    point: PyTree,
     t_theta: PyTree,
     probe: tuple[BackwardStats, BackwardStats] | None,
 ) -> tuple[PyTree, PyTree]:
@@ -358,8 +360,10 @@ def _tangents(
 
     def matvec(v: PyTree) -> PyTree:
         z, d, a, p = v
-        r = push((z, d))
-        return r, d, jtu.tree_map(jnp.subtract, a, push_aux((z, d))), p
+        out = push((z, d)), d, jtu.tree_map(jnp.subtract, a, push_aux((z, d))), p
+        # For the derivative of this derivative, by the same rule as `origin` below.
+        one = 1 + _linear_zero(point)
+        return jtu.tree_map(lambda x: x * one.astype(x.dtype), out)
 
     def solve(_: Callable, b: PyTree) -> PyTree:
         r, d, a, p = b
@@ -378,9 +382,9 @@ def _tangents(
         return adjoint_state, jtu.tree_map(jnp.add, d, moved), a, p
 
     # JAX transposes the solve only if every part of its right-hand side is a tangent.
-    origin = _linear_zero(t_theta)
+    origin = _linear_zero((t_theta, t_probe))
     zero = lambda x: jtu.tree_map(lambda t: t + origin.astype(t.dtype), x)
-    rhs = (zero(no_residual), t_theta, zero(no_aux), t_probe)
+    rhs = zero((no_residual, t_theta, no_aux, t_probe))
     z, _, a, _ = lax.custom_linear_solve(matvec, rhs, solve, transposed)
     return z, a
 
@@ -391,8 +395,9 @@ def _transpose(linear: _Linear, example: PyTree) -> _Linear:
 
 
 def _linear_zero(t: PyTree) -> Array:
-    """0, as a linear function of the tangent t: the sum of none of its entries."""
-    return jnp.sum(jnp.atleast_1d(jtu.tree_leaves(t)[0])[:0])
+    """0, as a linear function of all leaves of t: the sum of none of their entries."""
+    parts = [jnp.sum(jnp.atleast_1d(leaf)[:0]) for leaf in jtu.tree_leaves(t)]
+    return _tree.total(parts)
 
 
 def _negative(x: PyTree) -> PyTree:

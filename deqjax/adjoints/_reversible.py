@@ -190,10 +190,14 @@ def _reversible_fwd(perturbed, theta, rest, plan, primal_fn):
 
 
 class _Carry(eqx.Module):
-    """The pair after half step h, the cotangents of both, and what has added up."""
+    """The pair after half step h, the cotangents of both, and what has added up.
+
+    x is a as a state: the point at which half step h evaluated f.
+    """
 
     a: PyTree
     b: PyTree
+    x: PyTree
     ct_a: PyTree
     ct_b: PyTree
     gradient: PyTree
@@ -299,8 +303,15 @@ class _Backwards:
             lambda p: jnp.zeros_like(p, dtype=_tree.wide(p.dtype)), self.moving
         )
         size = jnp.maximum(_tree.max_abs(y0, k), _tree.max_abs(self._decode(b), k))
+        self._shape = size.shape
         carry = _Carry(
-            a, b, _tree.zeros_like(ct_value), ct_value, gradient, jnp.zeros_like(size)
+            a,
+            b,
+            self._point(self.total - 1, a),
+            _tree.zeros_like(ct_value),
+            ct_value,
+            gradient,
+            jnp.zeros_like(size),
         )
         if self.ct_aux is not None and not self.solver.static:
             # aux came from the evaluation that tested the answer, of which no step
@@ -325,18 +336,12 @@ class _Backwards:
 
     def _half(self, i: Any, carry: _Carry) -> _Carry:
         """Undo half step h = total − 1 − i."""
-        h, y0, trail = self.total - 1 - i, self.inputs.y0, self.trail
+        h, trail = self.total - 1 - i, self.trail
         active = None if self.even else h < 2 * trail.steps
         ct_a, ct_f = self.calculus.pull(carry.ct_b)
         if active is not None:
             ct_f = _tree.where(active, ct_f, _tree.zeros_like(ct_f))
-        # The first evaluation was of z₀ itself, not of its place on the grid.
-        if self.unrolled:
-            x = y0 if h == 0 else self._decode(carry.a)
-        else:
-            known = jnp.broadcast_to(h == 0, carry.drift.shape)
-            x = _tree.where(known, y0, self._decode(carry.a))
-        (f, aux), pull = jax.vjp(self.evaluate, x, self.moving)
+        (f, aux), pull = jax.vjp(self.evaluate, carry.x, self.moving)
         ct_aux = _tree.zeros_like(aux)
         if self.ct_aux is not None and self.solver.static:
             last = jnp.asarray(i == 0)
@@ -347,11 +352,28 @@ class _Backwards:
         digits = take(trail.digits, h)
         before = self.calculus.retreat(carry.b, f, trail.unit, digits)
         pair, drift = self._compare(h, (before, carry.a), carry.drift, active)
-        new = (*pair, ct_a, _add(carry.ct_a, g_z))
         if active is not None:
-            old = (carry.a, carry.b, carry.ct_a, carry.ct_b)
-            new = _tree.where(active, new, old)
-        return _Carry(*new, _add(carry.gradient, g_moving), drift)
+            pair = _tree.where(active, pair, (carry.a, carry.b))
+            ct_a = _tree.where(active, ct_a, carry.ct_a)
+        ct_b = _add(carry.ct_a, g_z)
+        if active is not None:
+            ct_b = _tree.where(active, ct_b, carry.ct_b)
+        return _Carry(
+            *pair,
+            self._point(h - 1, pair[0]),
+            ct_a,
+            ct_b,
+            _add(carry.gradient, g_moving),
+            drift,
+        )
+
+    def _point(self, h: Any, a: PyTree) -> PyTree:
+        """Where half step h evaluated f: the first one at z₀, not at its grid point."""
+        y0 = self.inputs.y0
+        if self.unrolled:
+            return y0 if h == 0 else self.calculus.point(a, self.trail.unit, y0)
+        first = jnp.broadcast_to(h == 0, self._shape)
+        return _tree.where(first, y0, self.calculus.point(a, self.trail.unit, y0))
 
     def _compare(
         self, h: Any, pair: PyTree, drift: Reals, active: Any

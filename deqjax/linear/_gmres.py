@@ -351,6 +351,8 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         rotated = jnp.einsum("...ij,...j->...i", krylov.rotations, column)
         upper = jnp.take(rotated, j, axis=-1)
         length = jnp.hypot(upper, height)
+        # What cancellation leaves of a column that the others span is no pivot.
+        length = jnp.where(length > 10 * eps * scale, length, 0)
         safe = jnp.where(length > 0, length, 1)
         c = jnp.where(length > 0, upper / safe, 1)[..., None]
         s = jnp.where(length > 0, height / safe, 0)[..., None]
@@ -373,7 +375,7 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
             jnp.where(live, 1 / jnp.where(height > 0, height, 1), 0), rest
         )
         vector = _tree.where(live, vector, _tree.zeros_like(vector))
-        keep = _expand_like(pending & finite, rotations)
+        keep = _tree.expand(pending & finite, rotations)
         krylov = _Krylov(
             index=j + 1,
             basis=krylov.basis,
@@ -478,10 +480,6 @@ def _widened(linear: lx.AbstractLinearOperator) -> Any:
         return jtu.tree_map(lambda x: x.astype(_tree.wide(x.dtype)), linear.mv(v))
 
     return apply
-
-
-def _expand_like(mask: Flags, x: Array) -> Flags:
-    return _tree.expand(mask, x)
 
 
 def _result(

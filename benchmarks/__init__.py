@@ -1,0 +1,1 @@
+"""Training scripts and measurements. A package only so that tests can import it."""

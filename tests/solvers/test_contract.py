@@ -1,0 +1,437 @@
+"""What every solver promises, whatever its method."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import deqjax
+from tests import helpers
+from tests.helpers import OK, SOLVERS, batched, error, identical, problem, row
+
+solvers = pytest.mark.parametrize("name", SOLVERS)
+# Up to 8 steps are unrolled, more are a loop.
+lengths = pytest.mark.parametrize("steps", [3, 12], ids=["unrolled", "loop"])
+
+
+def solve(p, solver, **kwargs):
+    return deqjax.fixed_point(
+        p.fn, p.z0, p.args, solver=solver, has_aux=p.has_aux, **kwargs
+    )
+
+
+def residual(p, z):
+    """‖fn(z) − z‖ and ‖fn(z)‖, from one more evaluation."""
+    f, z = helpers.flat(helpers.pair(p)(z, p.args)[0]), helpers.flat(z)
+    return np.linalg.norm(f - z), np.linalg.norm(f)
+
+
+# --- the answer -----------------------------------------------------------------------
+
+
+@solvers
+@pytest.mark.parametrize("kind", ["tanh", "relu", "norm", "linear", "tree", "idle"])
+def test_finds_the_fixed_point(name, kind, x64):
+    p = problem(kind)
+    sol = solve(p, SOLVERS[name](1e-10, 1e-12), max_steps=200)
+    assert sol.result == OK
+    assert error(sol.value, helpers.settle(p)) <= 1e-8
+    assert bool(sol.stats["converged"])
+
+
+@solvers
+def test_keeps_the_dtype_of_the_state(name, dtype):
+    eps = float(jnp.finfo(dtype).eps)
+    p = problem("tanh")
+    p = p._replace(
+        z0=p.z0.astype(dtype), args=jax.tree.map(lambda x: x.astype(dtype), p.args)
+    )
+    sol = solve(p, SOLVERS[name](8 * eps, 8 * eps), max_steps=200)
+    assert sol.result == OK
+    assert sol.value.dtype == dtype
+    assert sol.stats["residual"].dtype == max(
+        dtype, jnp.dtype("float32"), key=lambda d: d.itemsize
+    )
+    w, x = (np.asarray(a, np.float64) for a in p.args)
+    z = np.zeros_like(x)
+    for _ in range(400):
+        z = np.tanh(z @ w + x)
+    # ‖(I − J)⁻¹‖ ≤ 1 / 0.3, and the rounding of f itself.
+    assert error(sol.value, z) <= 60 * eps
+
+
+@solvers
+def test_stops_by_the_rule_with_statistics_of_the_value(name, x64):
+    p = problem("aux")
+    sol = solve(p, SOLVERS[name](1e-5, 1e-7), max_steps=100)
+    r, norm = residual(p, sol.value)
+    assert r <= 1e-7 + 1e-5 * norm
+    np.testing.assert_allclose(sol.stats["residual"], r, rtol=1e-9)
+    np.testing.assert_allclose(sol.stats["relative_residual"], r / norm, rtol=1e-9)
+    aux = p.fn(sol.value, p.args)[1]
+    assert error(sol.aux, aux) <= 1e-14
+    assert int(sol.aux["n"]) == 3
+    assert int(sol.stats["max_steps"]) == 100
+    # It stops at the first such iterate: one step less does not pass.
+    fewer = solve(
+        p, SOLVERS[name](1e-5, 1e-7), max_steps=int(sol.stats["num_steps"]) - 1
+    )
+    assert fewer.result == optx.RESULTS.nonlinear_max_steps_reached
+    assert not bool(fewer.stats["converged"])
+
+
+@solvers
+def test_only_rtol_or_only_atol_is_met(name, x64):
+    p = problem("tanh")
+    sol = solve(p, SOLVERS[name](0.0, 1e-4), max_steps=100)
+    assert sol.result == OK
+    assert residual(p, sol.value)[0] <= 1e-4
+    sol = solve(p, SOLVERS[name](1e-4, 0.0), max_steps=100)
+    assert sol.result == OK
+    r, norm = residual(p, sol.value)
+    assert r <= 1e-4 * norm
+
+
+@solvers
+def test_min_steps_come_before_the_test(name):
+    p = problem("tanh")
+    sol = solve(p, SOLVERS[name](1e3, 1e3, min_steps=5), max_steps=20)
+    assert sol.result == OK
+    # Five steps, and the evaluation that tests where they led.
+    assert int(sol.stats["num_steps"]) == 6
+    assert int(solve(p, SOLVERS[name](1e3, 1e3), max_steps=20).stats["num_steps"]) == 1
+
+
+@solvers
+def test_tolerances_may_be_traced(name):
+    p = problem("tanh")
+    run = jax.jit(lambda tol: solve(p, SOLVERS[name](tol, tol)).stats["num_steps"])
+    few, many = int(run(jnp.array(1e-1))), int(run(jnp.array(1e-5)))
+    assert few == int(solve(p, SOLVERS[name](1e-1, 1e-1)).stats["num_steps"])
+    assert many == int(solve(p, SOLVERS[name](1e-5, 1e-5)).stats["num_steps"])
+    assert few < many
+
+
+# --- counting -------------------------------------------------------------------------
+
+
+@solvers
+def test_every_evaluation_is_counted(name):
+    p, counter = problem("tanh"), helpers.Counter()
+    fn = counter.wrap(p.fn)
+
+    def count(solver, **kwargs):
+        counter.reset()
+        sol = solve(p._replace(fn=fn), solver, **kwargs)
+        assert counter.evaluations == int(sol.stats["num_evals"])
+        return counter.evaluations, int(sol.stats["num_steps"])
+
+    per_step = 2 if name == "reversible" else 1
+    evals, steps = count(SOLVERS[name](1e-4, 1e-6))
+    assert evals == per_step * (steps - 1) + 1
+    assert count(SOLVERS[name](1e-30, 1e-30), max_steps=5) == (5 * per_step, 5)
+    for n in (3, 12):
+        assert count(SOLVERS[name](None, None), max_steps=n) == (n * per_step, n)
+        budget = {"step_budget": n - 2}
+        want = ((n - 2) * per_step, n - 2)
+        assert count(SOLVERS[name](None, None), max_steps=n, options=budget) == want
+
+
+@solvers
+def test_the_map_is_traced_once(name):
+    p, traces = problem("tanh"), []
+
+    def fn(z, args):
+        traces.append(1)
+        return p.fn(z, args)
+
+    for tol in (1e-4, None):
+        traces.clear()
+        solve(p._replace(fn=fn), SOLVERS[name](tol, tol), max_steps=20)
+        assert len(traces) == 1
+
+
+@solvers
+@pytest.mark.parametrize("tol", [1e-4, None], ids=["tested", "static"])
+def test_nothing_calls_the_host(name, tol):
+    p = problem("tanh")
+    run = jax.jit(lambda a: solve(p._replace(args=a), SOLVERS[name](tol, tol)).value)
+    assert "callback" not in run.lower(p.args).compile().as_text()
+
+
+# --- static loops ---------------------------------------------------------------------
+
+
+@solvers
+@lengths
+def test_without_tolerances_all_steps_are_taken(name, steps):
+    p = batched()
+    solver = SOLVERS[name](None, None, batch_ndim=1)
+    sol = solve(p, solver, max_steps=steps)
+    assert sol.result == OK
+    assert np.all(np.asarray(sol.stats["num_steps"]) == steps)
+    assert sol.stats["residual"].shape == (4,)
+    assert sol.stats["converged"].shape == (4,)
+
+
+@solvers
+@lengths
+def test_a_budget_limits_the_steps_without_another_compilation(name, steps):
+    p, traces = problem("tanh"), []
+    p = p._replace(z0=p.z0 + 0.3)
+
+    @eqx.filter_jit
+    def run(solver, budget):
+        traces.append(1)
+        sol = solve(p, solver, max_steps=steps, options={"step_budget": budget})
+        return sol.value, sol.stats["num_steps"]
+
+    for solver in (SOLVERS[name](None, None), SOLVERS[name](1e-30, 1e-30)):
+        traces.clear()
+        for budget in (steps - 2, 99, steps - 1):
+            value, taken = run(solver, jnp.array(budget))
+            n = min(budget, steps)
+            assert int(taken) == n
+            want = solve(p, solver, max_steps=n).value
+            assert error(value, want) <= 1e-6
+        assert len(traces) == 1
+
+
+@solvers
+def test_budgets_of_python_integers_share_a_compilation(name):
+    p, traces = problem("tanh"), []
+
+    def fn(z, args):
+        traces.append(1)
+        return p.fn(z, args)
+
+    q = p._replace(fn=fn)
+    for n in (1, 2, 3):
+        sol = solve(q, SOLVERS[name](None, None), options={"step_budget": n})
+        assert int(sol.stats["num_steps"]) == n
+    assert len(traces) == 1
+
+
+@solvers
+@pytest.mark.parametrize("steps", [3, 12, None], ids=["unrolled", "loop", "tested"])
+def test_residuals_are_recorded_per_problem(name, steps):
+    p = batched()
+    tol = 1e-4 if steps is None else None
+    solver = SOLVERS[name](tol, tol, batch_ndim=1)
+    sol = solve(p, solver, max_steps=steps or 60, options={"record": True})
+    plain = solve(p, solver, max_steps=steps or 60)
+    history = np.asarray(sol.stats["residual_history"])
+    taken = np.broadcast_to(np.asarray(sol.stats["num_steps"]), (4,))
+    assert history.shape == (steps or 60, 4)
+    for i in range(4):
+        n = int(taken[i])
+        assert np.isfinite(history[:n, i]).all()
+        assert np.isnan(history[n:, i]).all()
+        np.testing.assert_allclose(
+            history[n - 1, i], sol.stats["residual"][i], rtol=1e-5
+        )
+    assert identical(sol.value, plain.value)
+    assert "residual_history" not in plain.stats
+
+
+# --- failures -------------------------------------------------------------------------
+
+
+@solvers
+@pytest.mark.parametrize("tol", [1e-4, None], ids=["tested", "static"])
+def test_nan_and_overflow_are_never_success(name, tol):
+    for fn in (lambda z, _: z * jnp.nan, lambda z, _: 100 * z + 1):
+        solver = SOLVERS[name](tol, tol)
+        sol = deqjax.fixed_point(fn, jnp.ones(3), solver=solver, max_steps=60)
+        assert sol.result == optx.RESULTS.nonfinite
+        assert not bool(sol.stats["converged"])
+
+
+@solvers
+def test_a_solve_that_did_not_converge_returns_the_best_iterate(name, x64):
+    # Expands about its fixed point, so that the first iterate is the best.
+    fn = lambda z, x: -3 * z + x
+    z0 = jnp.array([0.3, 0.2])
+    solver = SOLVERS[name](1e-12, 1e-12, beta=0.9)
+    sol = deqjax.fixed_point(fn, z0, jnp.ones(2), solver=solver, max_steps=6)
+    assert sol.result == optx.RESULTS.nonlinear_max_steps_reached
+    assert int(sol.stats["num_steps"]) == 6
+    assert identical(sol.value, z0)
+    want = np.linalg.norm(-4 * np.asarray(z0) + 1)
+    np.testing.assert_allclose(sol.stats["residual"], want, rtol=1e-12)
+
+
+@solvers
+def test_an_infinite_norm_does_not_pass_the_test(name):
+    # ‖f‖ overflows while ‖f − z‖ = 0: ∞ ≤ rtol ∞ would be true.
+    z0 = jnp.full(4, 3e38)
+    solver = SOLVERS[name](1e-4, 1e-6)
+    sol = deqjax.fixed_point(lambda z, _: z, z0, solver=solver, max_steps=5)
+    assert sol.result != OK
+    assert not bool(sol.stats["converged"])
+
+
+@solvers
+def test_throw_raises_only_for_failures(name):
+    p = problem("tanh")
+    assert solve(p, SOLVERS[name](1e-4, 1e-6), throw=True).result == OK
+    with pytest.raises(RuntimeError, match="maximum number of steps"):
+        solve(p, SOLVERS[name](1e-30, 1e-30), throw=True, max_steps=5)
+    with pytest.raises(RuntimeError, match="Nonfinite"):
+        deqjax.fixed_point(
+            lambda z, _: z * jnp.nan, p.z0, solver=SOLVERS[name](None, None), throw=True
+        )
+
+
+# --- batches --------------------------------------------------------------------------
+
+
+@solvers
+def test_problems_of_a_batch_are_solved_as_if_alone(name):
+    p = batched()
+    whole = solve(p, SOLVERS[name](1e-4, 1e-6, batch_ndim=1), max_steps=100)
+    assert whole.result == OK
+    steps = [int(n) for n in whole.stats["num_steps"]]
+    assert len(set(steps)) > 1
+    evals = 0
+    for i in range(4):
+        alone = solve(row(p, i), SOLVERS[name](1e-4, 1e-6), max_steps=100)
+        assert error(whole.value[i], alone.value) <= 1e-6
+        assert steps[i] == int(alone.stats["num_steps"])
+        np.testing.assert_allclose(
+            whole.stats["residual"][i], alone.stats["residual"], rtol=0.02
+        )
+        evals = max(evals, int(alone.stats["num_evals"]))
+    assert int(whole.stats["num_evals"]) == evals
+
+
+@solvers
+@pytest.mark.parametrize("tol", [1e-4, None], ids=["tested", "static"])
+def test_vmap_means_the_same_as_batch_ndim(name, tol):
+    p = batched()
+    w, x, gain = p.args
+
+    def one(x, gain, z):
+        q = p._replace(z0=z, args=(w, x, gain))
+        sol = solve(q, SOLVERS[name](tol, tol), max_steps=60)
+        return sol.value, sol.stats["num_steps"], sol.result == OK
+
+    value, steps, ok = jax.jit(jax.vmap(one))(x, gain, p.z0)
+    whole = solve(p, SOLVERS[name](tol, tol, batch_ndim=1), max_steps=60)
+    assert error(value, whole.value) <= 1e-6
+    assert np.array_equal(steps, np.broadcast_to(whole.stats["num_steps"], (4,)))
+    assert bool(jnp.all(ok))
+
+
+@solvers
+def test_vmap_evaluates_as_often_as_the_slowest_problem(name):
+    p, counter = batched(), helpers.Counter()
+    w, x, gain = p.args
+    single = jnp.zeros(())
+
+    def fn(z, args):
+        # Counts once per evaluation of the whole batch: it sees nothing batched.
+        jax.debug.callback(lambda _: counter._evaluations.append(1), single)
+        return p.fn(z, args)
+
+    def one(x, gain, z):
+        q = p._replace(fn=fn, z0=z, args=(w, x, gain))
+        return solve(q, SOLVERS[name](1e-4, 1e-6), max_steps=60).stats["num_evals"]
+
+    evals = jax.jit(jax.vmap(one))(x, gain, p.z0)
+    assert counter.evaluations == int(jnp.max(evals))
+
+
+@solvers
+@pytest.mark.parametrize("tol", [1e-4, None], ids=["tested", "static"])
+def test_a_nan_batch_mate_changes_nothing(name, tol):
+    p, keep = batched(), np.array([0, 1, 3])
+    solver = SOLVERS[name](tol, tol, batch_ndim=1)
+    clean = solve(p, solver, max_steps=60)
+    spoiled = solve(p._replace(z0=p.z0.at[2].set(jnp.nan)), solver, max_steps=60)
+    assert identical(spoiled.value[keep], clean.value[keep])
+    assert identical(spoiled.stats["residual"][keep], clean.stats["residual"][keep])
+    assert spoiled.result == optx.RESULTS.nonfinite
+    assert list(np.asarray(spoiled.stats["converged"])) == [True, True, False, True]
+
+
+@solvers
+def test_a_batch_of_pytrees_may_have_two_axes(name):
+    def fn(z, x):
+        return {"a": jnp.tanh(0.5 * z["a"] + z["b"][..., None]), "b": 0.5 * z["b"] + x}
+
+    x = jnp.linspace(0.1, 0.6, 6).reshape(2, 3)
+    z0 = {"a": jnp.zeros((2, 3, 1)), "b": jnp.zeros((2, 3))}
+    solver = SOLVERS[name](1e-5, 1e-6, batch_ndim=2)
+    sol = deqjax.fixed_point(fn, z0, x, solver=solver)
+    assert sol.result == OK
+    assert sol.stats["converged"].shape == (2, 3)
+    assert error(sol.value["b"], 2 * x) <= 1e-4
+
+
+@solvers
+@pytest.mark.parametrize("tol", [1e-4, None], ids=["tested", "static"])
+def test_batch_axes_must_agree(name, tol):
+    z0 = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"batch_ndim=1.*'b'"):
+        deqjax.fixed_point(
+            lambda z, _: z, z0, solver=SOLVERS[name](tol, tol, batch_ndim=1)
+        )
+
+
+def test_aux_of_a_batch_needs_its_axes():
+    fn = lambda z, _: (0.5 * z, jnp.sum(z, 0))
+    with pytest.raises(ValueError, match="`aux`"):
+        deqjax.fixed_point(
+            fn, jnp.ones((2, 3)), has_aux=True, solver=deqjax.Picard(batch_ndim=1)
+        )
+
+
+@solvers
+def test_a_batch_stays_sharded(name):
+    devices = jax.devices()
+    assert len(devices) == 2
+    mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+    shard = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    p = batched()
+    w, x, gain = p.args
+    place = lambda a: jax.device_put(a, shard)
+
+    @eqx.filter_jit
+    def run(solver, z, args):
+        return solve(p._replace(z0=z, args=args), solver)
+
+    for tol in (1e-4, None):
+        solver = SOLVERS[name](tol, tol, batch_ndim=1)
+        sol = run(solver, place(p.z0), (w, place(x), place(gain)))
+        plain = solve(p, solver)
+        assert error(sol.value, plain.value) <= 1e-6
+        assert sol.value.sharding.is_equivalent_to(shard, 2)
+        assert sol.stats["residual"].sharding.is_equivalent_to(shard, 1)
+        assert sol.result == OK
+
+
+# --- arguments ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"rtol": -1.0}, "`rtol`.*non-negative.*-1.0"),
+        ({"rtol": float("nan")}, "`rtol`.*nan"),
+        ({"atol": float("inf")}, "`atol`.*inf"),
+        ({"rtol": None}, "`rtol` and `atol` must both"),
+        ({"atol": None}, "`rtol` and `atol` must both"),
+        ({"batch_ndim": -1}, "`batch_ndim`.*-1"),
+        ({"min_steps": -2}, "`min_steps`.*-2"),
+        ({"beta": 0.0}, "`beta`.*0.0"),
+        ({"beta": -0.5}, "`beta`.*-0.5"),
+        ({"beta": 2.0}, "`beta`.*2.0"),
+    ],
+)
+@pytest.mark.parametrize("solver", [deqjax.Picard, deqjax.Reversible])
+def test_arguments_are_refused_by_name(solver, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        solver(**kwargs)
