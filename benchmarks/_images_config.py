@@ -63,8 +63,8 @@ BY_DATA: dict[str, dict[str, Any]] = {
         "widths": (1,),
         "pool": 2,
         "beta": 0.5,
-        "epochs": 30,
-        "lr": 6e-3,
+        "epochs": 40,
+        "lr": 3e-3,
     },
     "cifar10": {
         "channels": (128, 256, 256, 128),

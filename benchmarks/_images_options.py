@@ -214,7 +214,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=_count,
         metavar="N",
-        help="passes over the training images. Default: 30 for digits, 100 for cifar10",
+        help="passes over the training images. Default: 40 for digits, 100 for cifar10",
     )
     add("--batch-size", type=_count, metavar="N", help="images per step. Default: 64")
     add(
@@ -222,7 +222,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="R",
         help="the highest learning rate of AdamW: reached after a tenth of the steps, "
-        "then lowered to 0 along a cosine. Default: 6e-3 for digits, 3e-4 for cifar10",
+        "then lowered to 0 along a cosine. Default: 3e-3 for digits, 3e-4 for cifar10",
     )
     add(
         "--weight-decay",

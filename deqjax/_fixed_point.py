@@ -74,8 +74,9 @@ def fixed_point(
     Example:
         >>> import deqjax, jax.numpy as jnp
         >>> f = lambda z, a: jnp.tanh(0.5 * z + a)
-        >>> sol = deqjax.fixed_point(f, jnp.zeros(2), jnp.array([0.1, 0.2]))
-        >>> bool(jnp.allclose(sol.value, f(sol.value, jnp.array([0.1, 0.2])), atol=1e-3))
+        >>> a = jnp.array([0.1, 0.2])
+        >>> sol = deqjax.fixed_point(f, jnp.zeros(2), a)
+        >>> bool(jnp.allclose(sol.value, f(sol.value, a), atol=1e-3))
         True
     """
     solver = Picard() if solver is None else solver

@@ -92,8 +92,10 @@ def all_finite(x: PyTree, batch_ndim: int = 0) -> Flags:
 def expand(per_problem: Array, leaf: Array) -> Array:
     """Append axes to a per-problem array so that it broadcasts against `leaf`."""
     extra = leaf.ndim - per_problem.ndim
-    return per_problem if extra <= 0 else per_problem.reshape(
-        per_problem.shape + (1,) * extra
+    return (
+        per_problem
+        if extra <= 0
+        else per_problem.reshape(per_problem.shape + (1,) * extra)
     )
 
 
@@ -104,7 +106,6 @@ def where(mask: Flags, x: PyTree, y: PyTree) -> PyTree:
 
 def scale(alpha: Reals, x: PyTree) -> PyTree:
     """α x per problem, in the dtype of x."""
-
 
     def leaf(a: Array) -> Array:
         dtype = wide(a.dtype)

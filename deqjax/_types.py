@@ -14,6 +14,7 @@ Aux = TypeVar("Aux")
 State = TypeVar("State")
 """The state of a solver."""
 
+Tolerance: TypeAlias = float | int | Array | None
 Args: TypeAlias = PyTree[Any]
 Options: TypeAlias = dict[str, Any]
 Map: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]

@@ -23,6 +23,7 @@ SOLVERS: dict[str, Callable[..., Any]] = {
     "picard": deqjax.Picard,
     "damped": ft.partial(deqjax.Picard, beta=0.7),
     "reversible": ft.partial(deqjax.Reversible, arithmetic="float"),
+    "exact": ft.partial(deqjax.Reversible, arithmetic="exact"),
 }
 
 # --- problems -------------------------------------------------------------------------

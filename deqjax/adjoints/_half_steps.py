@@ -45,8 +45,8 @@ class Trail(eqx.Module):
 class _Carry(eqx.Module):
     """The pair before half step h, and f evaluated at its second member.
 
-    Or, at the top of the loop, the pair after half step h, and the point z where f is to
-    be evaluated next. Carrying it keeps XLA from fusing its making into f.
+    z is where f is to be evaluated next. It is carried from one half step to the next,
+    so that XLA does not fuse its making into f.
     """
 
     a: PyTree
@@ -102,15 +102,16 @@ class HalfStepLoop(SolverLoop):
         body_fun: Callable,
         init_val: tuple,
         *,
-        max_steps: int,
+        max_steps: int | None,
     ) -> tuple:
+        assert max_steps is not None
         solver: Reversible = self.inputs.solver
         init = Carry(*init_val)
         unrolled = is_unrolled(solver, self.inputs.options, max_steps)
         f, aux = self._first(init.y, unrolled)
         self.unit = self.calculus.unit(init.y, f, solver.batch_ndim)
         start = self._start(init, f, aux, max_steps)
-        run = self._static if solver.static else self._tested
+        run = self._run_static if solver.static else self._run_tested
         final, num_steps, pair, steps = run(start, max_steps, unrolled)
 
         decode = ft.partial(self.calculus.decode, unit=self.unit, like=init.y)
@@ -195,7 +196,7 @@ class HalfStepLoop(SolverLoop):
     def _update(self, h: Any, carry: _Carry, active: Any = None) -> _Carry:
         """Half step h: the pair moves on, what is lost is kept, the next point made."""
         anchors, digits = carry.anchors, carry.digits
-        if anchors is not None:
+        if anchors is not None and self.every is not None:
             spare = jtu.tree_leaves(anchors)[0].shape[0] - 1
             at = jnp.where(h % (2 * self.every) == 0, h // (2 * self.every), spare)
             anchors = _put(anchors, at, (carry.a, carry.b))
@@ -213,7 +214,7 @@ class HalfStepLoop(SolverLoop):
             is_leaf=lambda x: x is None,
         )
 
-    def _static(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
+    def _run_static(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
         solver: Reversible = self.inputs.solver
         options, y0 = self.inputs.options, self.inputs.y0
         steps: Any = max_steps
@@ -269,7 +270,7 @@ class HalfStepLoop(SolverLoop):
         active = progress.active(self.inputs.options)
         return self.inputs.solver.observe(progress, active, (a, b), z, f, aux)
 
-    def _tested(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
+    def _run_tested(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
         options = self.inputs.options
 
         def go_on(val: tuple) -> Array:

@@ -146,9 +146,9 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     Example:
         >>> import deqjax, jax, jax.numpy as jnp
         >>> f = lambda z, a: 0.5 * z + a
+        >>> adjoint = deqjax.ImplicitAdjoint()
         >>> solve = lambda a: deqjax.fixed_point(
-        ...     f, jnp.zeros(()), a, solver=deqjax.Picard(), adjoint=deqjax.ImplicitAdjoint()
-        ... ).value
+        ...     f, jnp.zeros(()), a, solver=deqjax.Picard(), adjoint=adjoint).value
         >>> float(jax.grad(solve)(3.0)), float(jax.jacfwd(solve)(3.0))
         (2.0, 2.0)
 
@@ -176,8 +176,7 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
             )
         if self.on_failure not in ("keep", "nan", "jfb"):
             raise ValueError(
-                '`on_failure` must be "keep", "nan" or "jfb"; got '
-                f"{self.on_failure!r}."
+                f'`on_failure` must be "keep", "nan" or "jfb"; got {self.on_failure!r}.'
             )
 
     def apply(
@@ -288,14 +287,14 @@ def _implicit_jvp(primals, tangents):
     # The fixed point depends on what fn sees, not on where the solver started.
     t_theta = (t_inputs.fn, t_inputs.args)
     still = jtu.tree_map(lambda t: t is None, t_theta, is_leaf=_is_none)
-    fixed, theta = eqx.partition(
-        (inputs.fn, inputs.args), still, is_leaf=_is_none
-    )
+    fixed, theta = eqx.partition((inputs.fn, inputs.args), still, is_leaf=_is_none)
     zero_extras = jtu.tree_map(lambda _: None, extras)
-    probed = probe is not None and any(
-        t is not None for t in jtu.tree_leaves(t_probe, is_leaf=_is_none)
-    )
-    if not (jtu.tree_leaves(t_theta) or probed):
+    probing = None
+    if probe is not None and jtu.tree_leaves(t_probe):
+        materialise = lambda t, p: jnp.zeros_like(p) if t is None else t
+        t_probe = jtu.tree_map(materialise, t_probe, probe, is_leaf=_is_none)
+        probing = (probe, t_probe)
+    if probing is None and not jtu.tree_leaves(t_theta):
         return (value, extras), (jtu.tree_map(lambda _: None, value), zero_extras)
 
     def evaluate(z: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
@@ -304,20 +303,13 @@ def _implicit_jvp(primals, tangents):
 
     # One evaluation; everything below is made of its pull-back.
     (residual, aux), pull = jax.vjp(evaluate, value, theta)
-    if probed:
-        t_probe = jtu.tree_map(
-            lambda t, p: jnp.zeros_like(p) if t is None else t,
-            t_probe,
-            probe,
-            is_leaf=_is_none,
-        )
     t_value, t_aux = _tangents(
         inverse,
         pull,
         (residual, aux),
         eqx.filter((value, inputs.fn, inputs.args), eqx.is_inexact_array),
         t_theta,
-        (probe, t_probe) if probed else None,
+        probing,
     )
     return (value, extras), (t_value, zero_extras._replace(aux=t_aux))
 
@@ -360,7 +352,8 @@ def _tangents(
 
     def matvec(v: PyTree) -> PyTree:
         z, d, a, p = v
-        out = push((z, d)), d, jtu.tree_map(jnp.subtract, a, push_aux((z, d))), p
+        a = jtu.tree_map(jnp.subtract, a, push_aux((z, d)))
+        out = (push((z, d)), d, a, p)
         # For the derivative of this derivative, by the same rule as `origin` below.
         one = 1 + _linear_zero(point)
         return jtu.tree_map(lambda x: x * one.astype(x.dtype), out)
@@ -368,7 +361,7 @@ def _tangents(
     def solve(_: Callable, b: PyTree) -> PyTree:
         r, d, a, p = b
         rhs = jtu.tree_map(jnp.subtract, r, push_theta(d))
-        z, _ = inverse.solve(operator, rhs, False)
+        z = inverse.solve(operator, rhs, False)[0]
         return z, d, jtu.tree_map(jnp.add, a, push_aux((z, d))), p
 
     def transposed(_: Callable, ct: PyTree) -> PyTree:

@@ -10,11 +10,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .. import _tree
 from .._upstream import (
     Carry,
     Extras,

@@ -43,12 +43,12 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     given the same input. A drift above the tolerance never passes silently.
 
     **Anchors** are for functions that do not repeat bit for bit, and for float
-    arithmetic: the pair (y, z) is kept every K steps, the reconstruction starts anew from
-    it, and the drift is measured over each segment.
+    arithmetic: the pair (y, z) is kept every K steps, the reconstruction starts anew
+    from it, and the drift is measured over each segment.
 
     **Cost:** two evaluations with pull-back per step. **Memory:** 5 copies of z, one
-    pull-back of f and one gradient of the parameters, whatever the number of steps; with
-    exact arithmetic log₂ q bits per entry of z and evaluation; with anchors 2/K
+    pull-back of f and one gradient of the parameters, whatever the number of steps;
+    with exact arithmetic log₂ q bits per entry of z and evaluation; with anchors 2/K
     copies of z per step.
 
     Reverse mode only, once.
@@ -56,12 +56,12 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     Args:
         anchors: K, the number of steps between anchors; `"auto"`: as many as amplify
             rounding by no more than what leaves half of a dtype's digits; None: none.
-        on_drift: what the gradient is if the drift of any problem exceeds the tolerance:
-            `"nan"`, `"raise"` an error, or `"recompute"` by backpropagation through the
-            steps, with checkpoints (in memory of the order of √N states).
+        on_drift: what the gradient is if the drift of any problem exceeds the
+            tolerance: `"nan"`, `"raise"` an error, or `"recompute"` by backpropagation
+            through the steps, with checkpoints (in memory of the order of √N states).
         drift_tol: the drift to accept, relative to the largest entry of the states.
             None: 0 for exact arithmetic without anchors; else
-            min(16 ε (1−β)^(−2K), √ε), ε being the precision of the states' dtype and K
+            min(8 ε (1−β)^(−2K), √ε), ε being the precision of the states' dtype and K
             the steps between anchors, or of the solve.
         probe: a `BackwardStats` whose gradient is the record of the backward pass; the
             entry that applies is `drift`.
@@ -126,7 +126,9 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
                 "`solver=deqjax.Reversible()`, or `deqjax.ImplicitAdjoint()`."
             )
         if named.max_steps is None:
-            raise ValueError("`ReversibleAdjoint` needs a finite `max_steps`; got None.")
+            raise ValueError(
+                "`ReversibleAdjoint` needs a finite `max_steps`; got None."
+            )
         theta = (named.fn, named.y0, named.args, self.probe)
         rest = named._replace(fn=None, y0=None, args=None)
         plan = _Plan(self._every(named), self.on_drift, self.drift_tol)
@@ -158,7 +160,7 @@ class _Plan(eqx.Module):
         eps = _precision(inputs.y0)
         steps = inputs.max_steps if self.every is None else self.every
         log_growth = -2 * steps * math.log(1 - _largest_beta(solver))
-        return math.exp(min(math.log(16 * eps) + log_growth, 0.5 * math.log(eps)))
+        return math.exp(min(math.log(8 * eps) + log_growth, 0.5 * math.log(eps)))
 
 
 def _largest_beta(solver: Reversible) -> float:
@@ -222,7 +224,9 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     has_aux = bool(jtu.tree_leaves(ct_aux))
     ct_value, ct_aux = _materialise((ct_value, ct_aux), (y0, no_aux))
 
-    back = _Backwards(inputs, plan, trail, evaluate, moving, ct_aux if has_aux else None)
+    back = _Backwards(
+        inputs, plan, trail, evaluate, moving, ct_aux if has_aux else None
+    )
     final, scale = back.run(ct_value)
     g_y0 = _add(final.ct_a, final.ct_b)
     gradient = jtu.tree_map(lambda g, p: g.astype(p.dtype), final.gradient, moving)
@@ -266,8 +270,9 @@ _DRIFTED = (
     "from the known one by more than `drift_tol`, so that the gradient is not that of "
     "the steps taken. Either `fn` does not return the same bits for the same input "
     "(randomness that is not fixed by a key, or a program compiled differently in the "
-    'two passes: use `ReversibleAdjoint(anchors="auto")` or `on_drift="recompute"`), or '
-    'the solve is too deep for float arithmetic (use `Reversible(arithmetic="exact")`).'
+    'two passes: use `ReversibleAdjoint(anchors="auto")` or `on_drift="recompute"`), '
+    "or the solve is too deep for float arithmetic (use "
+    '`Reversible(arithmetic="exact")`).'
 )
 
 
@@ -359,12 +364,13 @@ class _Backwards:
         if active is not None:
             ct_b = _tree.where(active, ct_b, carry.ct_b)
         return _Carry(
-            *pair,
-            self._point(h - 1, pair[0]),
-            ct_a,
-            ct_b,
-            _add(carry.gradient, g_moving),
-            drift,
+            a=pair[0],
+            b=pair[1],
+            x=self._point(h - 1, pair[0]),
+            ct_a=ct_a,
+            ct_b=ct_b,
+            gradient=_add(carry.gradient, g_moving),
+            drift=drift,
         )
 
     def _point(self, h: Any, a: PyTree) -> PyTree:

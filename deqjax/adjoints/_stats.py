@@ -74,10 +74,10 @@ class BackwardStats(eqx.Module):
         def fit(value: Array | None, like: Array, reduce: Callable) -> Array:
             if value is None:
                 return jnp.full_like(like, jnp.nan)
-            value = jnp.asarray(value).astype(like.dtype)
-            if like.ndim == 0 and value.ndim > 0:
-                value = reduce(value)
-            return jnp.broadcast_to(value, like.shape)
+            entry = jnp.asarray(value).astype(like.dtype)
+            if like.ndim == 0 and entry.ndim > 0:
+                entry = reduce(entry)
+            return jnp.broadcast_to(entry, like.shape)
 
         worst = lambda v: jnp.max(v, initial=0.0)
         least = lambda v: jnp.min(v, initial=1.0)

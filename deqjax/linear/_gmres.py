@@ -121,7 +121,9 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
             if isinstance(tol, Array) or (name == "rtol" and tol is None):
                 continue
             if not (isinstance(tol, int | float) and math.isfinite(tol) and tol >= 0):
-                raise ValueError(f"`{name}` must be a non-negative number; got {tol!r}.")
+                raise ValueError(
+                    f"`{name}` must be a non-negative number; got {tol!r}."
+                )
         counts = {"restart": (self.restart, 1), "batch_ndim": (self.batch_ndim, 0)}
         if self.max_steps is not None:
             counts["max_steps"] = (self.max_steps, 1)
@@ -172,7 +174,7 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         cycle = min(self.restart, max(state.in_size(), 1))
         max_steps = 20 * self.restart if self.max_steps is None else self.max_steps
         dtypes = jtu.tree_map(lambda leaf: leaf.dtype, state.in_structure())
-        preconditioner = options.get("preconditioner", None)
+        preconditioner = options.get("preconditioner")
         precondition = (
             (lambda v: v) if preconditioner is None else _widened(preconditioner)
         )
@@ -190,9 +192,13 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         unit = jnp.where(size > 0, size, 1)
         tol = jnp.where(size > 0, rtol + self.atol / unit, 0)
 
-        start = options.get("y0", None)
-        guess = _tree.zeros_like(b) if start is None else _tree.scale(
-            1 / unit, jtu.tree_map(lambda x, y: x.astype(y.dtype), start, b)
+        start = options.get("y0")
+        guess = (
+            _tree.zeros_like(b)
+            if start is None
+            else _tree.scale(
+                1 / unit, jtu.tree_map(lambda x, y: x.astype(y.dtype), start, b)
+            )
         )
         trivial = (size == 0) | bad
         carry = self._begin(b, guess, trivial, bad, cycle, start is None)
@@ -279,7 +285,9 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         if at_zero:
             # The residual of 0 is b: no product is needed to open the first cycle.
             basis = jtu.tree_map(lambda v, n: v.at[0].set(n), basis, first)
-        eye = jnp.broadcast_to(jnp.eye(cycle + 1, dtype=dtype), (*shape, cycle + 1, cycle + 1))
+        eye = jnp.broadcast_to(
+            jnp.eye(cycle + 1, dtype=dtype), (*shape, cycle + 1, cycle + 1)
+        )
         krylov = _Krylov(
             index=jnp.array(0 if at_zero else -1, jnp.int32),
             basis=basis,
@@ -404,8 +412,8 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
 
         def project(width: int) -> tuple[Array, PyTree]:
             part = jtu.tree_map(lambda v: v[:width], basis)
-            h, w = self._project(part, image)
-            again, w = self._project(part, w)
+            h, w = self._project(part, j, image)
+            again, w = self._project(part, j, w)
             h = h + again
             return jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, rows - width)]), w
 
@@ -414,7 +422,7 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         bucket = sum((j >= w).astype(jnp.int32) for w in widths[:-1])
         return lax.switch(bucket, [ft.partial(project, w) for w in widths])
 
-    def _project(self, basis: PyTree, w: PyTree) -> tuple[Array, PyTree]:
+    def _project(self, basis: PyTree, j: Array, w: PyTree) -> tuple[Array, PyTree]:
         k = self.batch_ndim
 
         def coefficients(v: Array, x: Array) -> Array:
@@ -432,6 +440,8 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
             )
 
         h = _tree.total(jtu.tree_leaves(jtu.tree_map(coefficients, basis, w)))
+        # Later rows still hold what an earlier cycle has left there.
+        h = jnp.where(jnp.arange(h.shape[-1], dtype=j.dtype) <= j, h, 0)
         return h, jtu.tree_map(remove, basis, w)
 
     def _close(self, precondition: Any, carry: _Carry) -> _Carry:
@@ -462,7 +472,9 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
 
         step = precondition(jtu.tree_map(combine, krylov.basis, carry.solution))
         moved = krylov.used > 0
-        solution = jtu.tree_map(lambda x, d: x + d.astype(x.dtype), carry.solution, step)
+        solution = jtu.tree_map(
+            lambda x, d: x + d.astype(x.dtype), carry.solution, step
+        )
         solution = _tree.where(moved, solution, carry.solution)
         return eqx.tree_at(
             lambda c: (c.solution, c.krylov.index, c.krylov.used),
@@ -482,9 +494,7 @@ def _widened(linear: lx.AbstractLinearOperator) -> Any:
     return apply
 
 
-def _result(
-    converged: Flags, final: _Carry, bad: Flags, max_steps: int
-) -> lx.RESULTS:
+def _result(converged: Flags, final: _Carry, bad: Flags, max_steps: int) -> lx.RESULTS:
     result = lx.RESULTS.where(
         jnp.all(converged), lx.RESULTS.successful, lx.RESULTS.breakdown
     )

@@ -217,7 +217,6 @@ class ExactArithmetic(AbstractArithmetic):
 
         return jtu.tree_map(leaf, b, f, digits)
 
-
     def distance(self, x: PyTree, y: PyTree, unit: Reals, batch_ndim: int) -> Reals:
         def leaf(i: Array, j: Array) -> Array:
             dtype = jnp.float64 if i.dtype == jnp.int64 else jnp.float32
@@ -256,7 +255,7 @@ def fraction(beta: float) -> Fraction:
     above = min((1 - r for r in fractions if 1 - r > beta), default=None)
     names = " and ".join(f"{float(b):.6g} ({b})" for b in (below, above) if b)
     raise ValueError(
-        f"`beta` must be a fraction with a denominator of at most {MAX_DENOMINATOR} for "
+        f"`beta` must be a fraction with a denominator ≤ {MAX_DENOMINATOR} for "
         f'`arithmetic="exact"`; got {beta!r}. The nearest are {names}. Any beta '
         'works with `arithmetic="float"`.'
     )
@@ -267,7 +266,7 @@ def fraction(beta: float) -> Fraction:
 
 def per_word(base: int) -> int:
     """How many digits of that base fit into 32 bits."""
-    return int(math.floor(32 / math.log2(base) + 1e-9))
+    return math.floor(32 / math.log2(base) + 1e-9)
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -293,7 +292,7 @@ def pack(digits: Array, base: int) -> Array:
 
 def unpack(words: Array, base: int, shape: tuple[int, ...]) -> Array:
     """The digits that `pack` made into `words`."""
-    rows, size = _rows(shape)
+    size = _rows(shape)[1]
     count = min(per_word(base), max(size, 1))
     parts = [words // jnp.uint32(base**i) % jnp.uint32(base) for i in range(count)]
     return jnp.concatenate(parts, axis=1)[:, :size].reshape(shape)

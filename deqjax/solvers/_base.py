@@ -2,16 +2,17 @@
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Generic
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import lax
 import optimistix as optx
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._types import Aux, Counts, Flags, Options, Reals, State, Y
+from .._types import Aux, Counts, Flags, Options, Reals, State, Tolerance, Y
 
 
 class Progress(eqx.Module):
@@ -70,7 +71,9 @@ class Progress(eqx.Module):
         return active
 
 
-class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Aux, State]):
+class AbstractSolver(
+    optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Aux, State]
+):
     """A fixed-point solver with the stopping rule and the statistics of deqjax.
 
     The one stopping rule, per problem and in the 2-norm:
@@ -81,10 +84,13 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
     taken in a loop of static length.
     """
 
-    rtol: eqx.AbstractVar[float | Array | None]  # pyright: ignore[reportIncompatibleVariableOverride]
-    atol: eqx.AbstractVar[float | Array | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    rtol: eqx.AbstractVar[Tolerance]  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: eqx.AbstractVar[Tolerance]  # pyright: ignore[reportIncompatibleVariableOverride]
     min_steps: eqx.AbstractVar[int]
     batch_ndim: eqx.AbstractVar[int]
+
+    # Of the stopping rule; optimistix asks every solver for it.
+    norm: ClassVar[Callable[[PyTree], Array]] = staticmethod(optx.two_norm)
 
     known_options: ClassVar[frozenset[str]] = frozenset({"step_budget", "record"})
 
@@ -111,11 +117,6 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
     def static(self) -> bool:
         """Whether the solve tests nothing and takes exactly `max_steps` steps."""
         return self.rtol is None
-
-    @property
-    def norm(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The norm of the stopping rule (for optimistix; per problem inside)."""
-        return optx.two_norm
 
     def passes(self, residual: Reals, norm: Reals) -> Flags:
         """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true)."""
@@ -178,7 +179,7 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
 
     @abc.abstractmethod
     def last_residual(self, y: Y, state: State) -> Reals:
-        """The residual of the iterate evaluated last, for `options={"record": True}`."""
+        """The residual of the iterate evaluated last, to be recorded."""
 
     @abc.abstractmethod
     def steps_taken(self, state: State) -> Counts:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._types import Args, Aux, Counts, Map, Options, Reals, Y
+from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from ._base import AbstractSolver, Progress, check_beta, statistics
 
 
@@ -61,7 +61,8 @@ class Picard(AbstractSolver[Y, Aux, Any]):
     Example:
         >>> import deqjax, jax.numpy as jnp
         >>> solver = deqjax.Picard(rtol=1e-5, atol=1e-6)
-        >>> sol = deqjax.fixed_point(lambda z, _: jnp.cos(z), jnp.ones(()), solver=solver)
+        >>> f = lambda z, _: jnp.cos(z)
+        >>> sol = deqjax.fixed_point(f, jnp.ones(()), solver=solver)
         >>> round(float(sol.value), 3)
         0.739
 
@@ -70,8 +71,8 @@ class Picard(AbstractSolver[Y, Aux, Any]):
         application aux équations intégrales, doi:10.4064/fm-3-1-133-181.
     """
 
-    rtol: float | Array | None = 1e-4
-    atol: float | Array | None = 1e-6
+    rtol: Tolerance = 1e-4
+    atol: Tolerance = 1e-6
     beta: float | Array = field(default=1.0, kw_only=True)
     min_steps: int = field(default=0, kw_only=True)
     batch_ndim: int = field(default=0, kw_only=True)

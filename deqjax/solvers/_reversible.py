@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._types import Args, Aux, Counts, Map, Options, Reals, Y
+from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from .._upstream import unvmap_any
 from ._arithmetic import (
     AbstractArithmetic,
@@ -75,8 +75,8 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     rounding error by 1 − β, twice per step, which destroys the gradient of deep solves.
 
     **Cost:** two evaluations per step, one less in the step that ends a tested solve.
-    **Memory:** 3 copies of z, 5 in a tested solve; when differentiated, exact arithmetic
-    keeps log₂ q bits per entry of z and evaluation, 1 − β = p/q.
+    **Memory:** 3 copies of z, 5 in a tested solve; when differentiated, exact
+    arithmetic keeps log₂ q bits per entry of z and evaluation, 1 − β = p/q.
 
     **Converges** for a map of Lipschitz constant k if |1 − β| + βk < 1, with that
     factor per step or better; always for a contraction. **Fails** visibly otherwise:
@@ -103,7 +103,8 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     Example:
         >>> import deqjax, jax.numpy as jnp
         >>> solver = deqjax.Reversible(rtol=1e-5, atol=1e-6, beta=0.8)
-        >>> sol = deqjax.fixed_point(lambda z, _: jnp.cos(z), jnp.ones(()), solver=solver)
+        >>> f = lambda z, _: jnp.cos(z)
+        >>> sol = deqjax.fixed_point(f, jnp.ones(()), solver=solver)
         >>> round(float(sol.value), 3)
         0.739
 
@@ -112,8 +113,8 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         doi:10.48550/arXiv.2509.12917.
     """
 
-    rtol: float | None = 1e-4
-    atol: float | None = 1e-6
+    rtol: Tolerance = 1e-4
+    atol: Tolerance = 1e-6
     beta: float | tuple[float, ...] = field(default=0.5, kw_only=True)
     arithmetic: Literal["exact", "float"] = field(default="exact", kw_only=True)
     min_steps: int = field(default=0, kw_only=True)

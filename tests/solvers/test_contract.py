@@ -128,7 +128,7 @@ def test_every_evaluation_is_counted(name):
         assert counter.evaluations == int(sol.stats["num_evals"])
         return counter.evaluations, int(sol.stats["num_steps"])
 
-    per_step = 2 if name == "reversible" else 1
+    per_step = 2 if name in {"reversible", "exact"} else 1
     evals, steps = count(SOLVERS[name](1e-4, 1e-6))
     assert evals == per_step * (steps - 1) + 1
     assert count(SOLVERS[name](1e-30, 1e-30), max_steps=5) == (5 * per_step, 5)
@@ -245,21 +245,25 @@ def test_nan_and_overflow_are_never_success(name, tol):
     for fn in (lambda z, _: z * jnp.nan, lambda z, _: 100 * z + 1):
         solver = SOLVERS[name](tol, tol)
         sol = deqjax.fixed_point(fn, jnp.ones(3), solver=solver, max_steps=60)
-        assert sol.result == optx.RESULTS.nonfinite
+        if bool(sol.stats.get("overflow", False)):
+            # The grid of exact arithmetic is left before a float overflows.
+            assert sol.result == optx.RESULTS.nonlinear_divergence
+        else:
+            assert sol.result == optx.RESULTS.nonfinite
         assert not bool(sol.stats["converged"])
 
 
 @solvers
 def test_a_solve_that_did_not_converge_returns_the_best_iterate(name, x64):
     # Expands about its fixed point, so that the first iterate is the best.
-    fn = lambda z, x: -3 * z + x
+    fn = lambda z, x: -2 * z + x
     z0 = jnp.array([0.3, 0.2])
     solver = SOLVERS[name](1e-12, 1e-12, beta=0.9)
-    sol = deqjax.fixed_point(fn, z0, jnp.ones(2), solver=solver, max_steps=6)
+    sol = deqjax.fixed_point(fn, z0, jnp.ones(2), solver=solver, max_steps=3)
     assert sol.result == optx.RESULTS.nonlinear_max_steps_reached
-    assert int(sol.stats["num_steps"]) == 6
+    assert int(sol.stats["num_steps"]) == 3
     assert identical(sol.value, z0)
-    want = np.linalg.norm(-4 * np.asarray(z0) + 1)
+    want = np.linalg.norm(-3 * np.asarray(z0) + 1)
     np.testing.assert_allclose(sol.stats["residual"], want, rtol=1e-12)
 
 
