@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from ._types import Flags, Reals
@@ -129,7 +130,17 @@ def zeros_like(x: PyTree) -> PyTree:
 
     def leaf(a: Any) -> Array:
         if isinstance(a, jax.ShapeDtypeStruct):
-            return jnp.zeros(a.shape, a.dtype)
+            # On a mesh with explicit axes the sharding is part of the type.
+            return lax.full(a.shape, 0, a.dtype, sharding=a.sharding)
         return jnp.zeros_like(a)
 
     return jtu.tree_map(leaf, x)
+
+
+def stack_of_zeros(row: PyTree, length: int) -> PyTree:
+    """Zeros for `length` copies of `row` along a new first axis, sharded as it is."""
+
+    def leaf(a: Array) -> Array:
+        return jnp.broadcast_to(jnp.zeros_like(a)[None], (length, *a.shape))
+
+    return jtu.tree_map(leaf, row)

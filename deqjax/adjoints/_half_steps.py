@@ -150,7 +150,8 @@ class HalfStepLoop(SolverLoop):
         args = self.inputs.args
         if unrolled:
             return self.fn(z0, args)
-        blank = _tree.zeros_like(jax.eval_shape(self.fn, z0, args))
+        aux = jax.eval_shape(self.fn, z0, args)[1]
+        blank = (_tree.zeros_like(z0), _tree.zeros_like(aux))
         # XLA would do away with a loop that it knows to run once.
         once = lax.optimization_barrier(jnp.array(1, jnp.int32))
         return lax.fori_loop(0, once, lambda *_: self.fn(z0, args), blank)
@@ -166,10 +167,11 @@ class HalfStepLoop(SolverLoop):
             progress = self._test(progress, a, a, init.y, f, aux)
         digits = anchors = None
         if self.leave_trail:
-            words = jax.eval_shape(self.calculus.advance, a, f, self.unit)[1]
-            digits = _buffer(words, 2 * max_steps)
+            words = self.calculus.advance(a, f, self.unit)[1]
+            digits = _tree.stack_of_zeros(words, 2 * max_steps)
             if self.every is not None:
-                anchors = _buffer((a, a), -(-max_steps // self.every) + 1)
+                rows = -(-max_steps // self.every) + 1
+                anchors = _tree.stack_of_zeros((a, a), rows)
         return _Carry(
             a=a,
             b=a,
@@ -310,13 +312,6 @@ class HalfStepLoop(SolverLoop):
         progress = final.progress
         num_steps = jnp.max(progress.num_steps, initial=0)
         return final, num_steps, progress.value, progress.best_step
-
-
-def _buffer(rows: PyTree, length: int) -> PyTree:
-    def leaf(row: Any) -> Array:
-        return jnp.zeros((length, *row.shape), row.dtype)
-
-    return jtu.tree_map(leaf, rows)
 
 
 def _put(buffer: PyTree, index: Any, rows: PyTree) -> PyTree:

@@ -279,9 +279,7 @@ class GMRES(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         one = jnp.ones_like(_tree.norm(b, self.batch_ndim))
         dtype = one.dtype
         first = _tree.where(trivial, _tree.zeros_like(b), b)
-        basis = jtu.tree_map(
-            lambda v: jnp.zeros_like(v, shape=(cycle + 1, *v.shape)), first
-        )
+        basis = _tree.stack_of_zeros(first, cycle + 1)
         if at_zero:
             # The residual of 0 is b: no product is needed to open the first cycle.
             basis = jtu.tree_map(lambda v, n: v.at[0].set(n), basis, first)

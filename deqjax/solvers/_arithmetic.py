@@ -16,6 +16,7 @@ the digits that a reversible computation loses is due to Maclaurin, Duvenaud and
 """
 
 import abc
+import functools as ft
 import math
 from fractions import Fraction
 from typing import Any
@@ -284,10 +285,8 @@ def pack(digits: Array, base: int) -> Array:
     flat = digits.reshape(rows, size)
     flat = jnp.pad(flat, ((0, 0), (0, count * width - size)))
     # Digit i of all words lies together, so that packing is a sum of whole vectors.
-    words = jnp.zeros_like(flat, shape=(rows, width))
-    for i in reversed(range(count)):
-        words = words * jnp.uint32(base) + flat[:, i * width : (i + 1) * width]
-    return words
+    parts = [flat[:, i * width : (i + 1) * width] for i in range(count)]
+    return ft.reduce(lambda high, low: high * jnp.uint32(base) + low, parts[::-1])
 
 
 def unpack(words: Array, base: int, shape: tuple[int, ...]) -> Array:
