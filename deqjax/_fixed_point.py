@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
+from ._fold import fold
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint
 from .solvers import Picard, Reversible
 from .solvers._base import AbstractSolver, check_count
@@ -118,14 +119,13 @@ def _solve(
         return out
 
     # The user's Python code runs once, here; all else works on what it traced to.
-    traced = eqx.filter_closure_convert(pair, z0, args)
-    struct, _ = traced.out_struct  # pyright: ignore[reportFunctionMemberAccess]
+    rest, kept, (struct, _) = fold(pair, z0, args)
     _check_output(jax.eval_shape(lambda: z0), struct)
     return optx.fixed_point(
-        traced,
+        rest,
         solver,
         z0,
-        args,
+        kept,
         options,
         has_aux=True,
         max_steps=max_steps,

@@ -15,6 +15,16 @@ from equinox.internal import (
 )
 
 
+def bind(eqn: Any, inputs: list[Any]) -> list[Any]:
+    """Evaluate one equation of a jaxpr."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    # A pair up to JAX 0.9, a dictionary from then on.
+    functions, params = ((), bound) if isinstance(bound, dict) else bound
+    with eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*functions, *inputs, **params)
+    return outputs if eqn.primitive.multiple_results else [outputs]
+
+
 class Inputs(NamedTuple):
     """What optimistix passes to `AbstractAdjoint.apply` as `inputs`."""
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
@@ -126,7 +125,7 @@ class HalfStepLoop(SolverLoop):
             progress=progress,
             num_evals=final.num_evals,
         )
-        y = decode(final.b)
+        y = self._answer(final)
         if solver.static:
             done, result = jnp.array(True), solver.outcome(y, state)
         else:
@@ -140,6 +139,11 @@ class HalfStepLoop(SolverLoop):
         count = jnp.asarray(num_steps).astype(init.num_steps.dtype)
         return tuple(Carry(y, count, state, final.aux, done, result))
 
+    def _answer(self, carry: _Carry) -> PyTree:
+        return self.calculus.answer(
+            carry.a, carry.b, self.unit, self.inputs.y0, self.inputs.solver.batch_ndim
+        )
+
     def _is_state(self, x: PyTree) -> bool:
         return jtu.tree_structure(x) == jtu.tree_structure(self.inputs.y0)
 
@@ -150,7 +154,7 @@ class HalfStepLoop(SolverLoop):
         args = self.inputs.args
         if unrolled:
             return self.fn(z0, args)
-        aux = jax.eval_shape(self.fn, z0, args)[1]
+        aux = eqx.filter_eval_shape(self.fn, z0, args)[1]
         blank = (_tree.zeros_like(z0), _tree.zeros_like(aux))
         # XLA would do away with a loop that it knows to run once.
         once = lax.optimization_barrier(jnp.array(1, jnp.int32))
@@ -286,8 +290,8 @@ class HalfStepLoop(SolverLoop):
             active = carry.progress.active(options)
             f, aux = self.fn(carry.z, self.inputs.args)
             even = h % 2 == 0
-            # Marked as not a number where an entry has left the grid.
-            z = self.calculus.decode(carry.b, self.unit, self.inputs.y0)
+            # Not a number where an entry has left the grid.
+            z = self._answer(carry)
             tested = self._test(carry.progress, carry.a, carry.b, z, f, aux)
             progress = jtu.tree_map(
                 lambda new, old: jnp.where(even, new, old), tested, carry.progress

@@ -307,7 +307,9 @@ class _Backwards:
         gradient = jtu.tree_map(
             lambda p: jnp.zeros_like(p, dtype=_tree.wide(p.dtype)), self.moving
         )
-        size = jnp.maximum(_tree.max_abs(y0, k), _tree.max_abs(self._decode(b), k))
+        # Not a number, so that no drift is accepted, where an entry has left the grid.
+        answer = self.calculus.answer(a, b, self.trail.unit, y0, k)
+        size = jnp.maximum(_tree.max_abs(y0, k), _tree.max_abs(answer, k))
         self._shape = size.shape
         carry = _Carry(
             a,

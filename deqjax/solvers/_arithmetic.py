@@ -18,6 +18,7 @@ the digits that a reversible computation loses is due to Maclaurin, Duvenaud and
 import abc
 import functools as ft
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -59,6 +60,12 @@ class AbstractArithmetic(eqx.Module):
     def point(self, carrier: PyTree, unit: Any, like: PyTree) -> PyTree:
         """As `decode`, for the argument of f; what has left the grid is not marked."""
         return self.decode(carrier, unit, like)
+
+    def answer(
+        self, a: PyTree, b: PyTree, unit: Any, like: PyTree, batch_ndim: int
+    ) -> PyTree:
+        """The state b of a pair; NaN in problems in which either has left the grid."""
+        return self.decode(b, unit, like)
 
     @abc.abstractmethod
     def advance(self, a: PyTree, f: PyTree, unit: Any) -> tuple[PyTree, PyTree]:
@@ -160,11 +167,11 @@ class ExactArithmetic(AbstractArithmetic):
         usable = (largest > 0) & jnp.isfinite(largest)
         _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
         # Not so small that Δ is no normal number. (exp2 is not exact everywhere.)
-        least = jnp.finfo(largest.dtype).minexp + max(_RESOLUTION.values()) // 2
+        least = max(_least_exponent(x.dtype) for x in jtu.tree_leaves(z0))
         return jnp.ldexp(jnp.ones_like(largest), jnp.maximum(exponent, least))
 
     def encode(self, z: PyTree, unit: Reals) -> PyTree:
-        return jtu.tree_map(lambda x: _to_grid(_wide(x), 1, _delta(unit, x)), z)
+        return jtu.tree_map(lambda x: _to_grid(_wide(x), _delta(unit, x)), z)
 
     def decode(self, carrier: PyTree, unit: Reals, like: PyTree) -> PyTree:
         point = self.point(carrier, unit, like)
@@ -182,35 +189,46 @@ class ExactArithmetic(AbstractArithmetic):
 
         return jtu.tree_map(leaf, carrier, like)
 
+    def answer(
+        self, a: PyTree, b: PyTree, unit: Reals, like: PyTree, batch_ndim: int
+    ) -> PyTree:
+        # f has been evaluated at the point of a marked entry, which is a number: what
+        # became of the other entries is of no use, finite as it may be.
+        lost = _any_entry(_marked, (a, b), batch_ndim)
+        z = self.decode(b, unit, like)
+        return jtu.tree_map(
+            lambda x: jnp.where(_tree.expand(lost, x), jnp.nan, x).astype(x.dtype), z
+        )
+
     def advance(self, a: PyTree, f: PyTree, unit: Reals) -> tuple[PyTree, PyTree]:
         _, beta = self.weights()
 
         def leaf(a: Array, f: Array) -> tuple[Array, Array]:
             p, q = _like(self.p, a), _like(self.q, a)
-            term = _to_grid(_wide(f), beta, _delta(unit, f))
-            quotient, rest = _floor_divide(a, q)
+            scaled = _scaled_to_grid(_wide(f), beta, _delta(unit, f))
             # Divided first: a p would not fit.
-            small, digit = _floor_divide(rest * p, q)
-            new = quotient * p + small + term
+            quotient, rest = _floor_divide(a, q)
+            small, digit = (0, rest) if p == 1 else _floor_divide(rest * p, q)
+            new = quotient * p + small + scaled.astype(a.dtype)
             limit = _limit(a.dtype)
-            out = (new > limit) | (new < -limit)
-            new = jnp.where(out, _over(a.dtype), new)
-            new = jnp.where(_marked(term), term, new)
+            inside = (jnp.abs(scaled) <= limit) & (jnp.abs(new) <= limit)
+            new = jnp.where(inside, new, _mark(scaled, a.dtype))
             new = jnp.where(_marked(a), a, new)
             return new, pack(digit.astype(jnp.uint32), self.base)
 
-        pairs = jtu.tree_map(leaf, a, f)
-        is_pair = lambda t: isinstance(t, tuple)
-        new = jtu.tree_map(lambda t: t[0], pairs, is_leaf=is_pair)
-        digits = jtu.tree_map(lambda t: t[1], pairs, is_leaf=is_pair)
-        return new, digits
+        # Not by the type of a leaf: the state may hold tuples.
+        leaves, treedef = jtu.tree_flatten(a)
+        pairs = [leaf(*x) for x in zip(leaves, jtu.tree_leaves(f), strict=True)]
+        new, digits = zip(*pairs, strict=True)
+        return treedef.unflatten(new), treedef.unflatten(digits)
 
     def retreat(self, b: PyTree, f: PyTree, unit: Reals, digits: PyTree) -> PyTree:
         _, beta = self.weights()
 
         def leaf(b: Array, f: Array, words: Array) -> Array:
             digit = unpack(words, self.base, b.shape).astype(b.dtype)
-            rest = b - _to_grid(_wide(f), beta, _delta(unit, f))
+            scaled = _scaled_to_grid(_wide(f), beta, _delta(unit, f))
+            rest = b - scaled.astype(b.dtype)
             # (rest q + r) / p, without the product: rest = s p + t, 0 ≤ t < p.
             p, q = _like(self.p, b), _like(self.q, b)
             s, t = _floor_divide(rest, p)
@@ -231,12 +249,7 @@ class ExactArithmetic(AbstractArithmetic):
 
 def overflowed(carriers: PyTree, batch_ndim: int) -> Flags:
     """Whether an entry of a problem has left the grid."""
-
-    def leaf(i: Array) -> Flags:
-        over = i == _over(i.dtype)
-        return jnp.any(over, axis=tuple(range(batch_ndim, i.ndim)))
-
-    return _any([leaf(i) for i in jtu.tree_leaves(carriers)])
+    return _any_entry(lambda i: i == _over(i.dtype), carriers, batch_ndim)
 
 
 def fraction(beta: float) -> Fraction:
@@ -334,15 +347,27 @@ def _delta(unit: Reals, x: Array) -> Array:
     return _tree.expand(unit, x).astype(dtype) * resolution
 
 
-def _to_grid(x: Array, weight: Any, delta: Array) -> Array:
-    """round(weight x / Δ) as an integer, or a mark."""
+def _least_exponent(dtype: Any) -> int:
+    """Of a unit whose Δ, and 1/Δ, are normal numbers."""
+    dtype = _tree.wide(dtype)
+    return int(jnp.finfo(dtype).minexp) + _RESOLUTION[_integer(dtype).name] + 2
+
+
+def _scaled_to_grid(x: Array, weight: Any, delta: Array) -> Array:
+    """round(weight x / Δ), still as a float."""
+    return jnp.round(x * (jnp.asarray(weight, x.dtype) / delta))
+
+
+def _mark(scaled: Array, dtype: Any) -> Array:
+    return jnp.where(jnp.isnan(scaled), _nan(dtype), _over(dtype)).astype(dtype)
+
+
+def _to_grid(x: Array, delta: Array) -> Array:
+    """round(x / Δ) as an integer, or a mark."""
     dtype = _integer(x.dtype)
-    scaled = jnp.round(x * (jnp.asarray(weight, x.dtype) / delta))
-    limit = _limit(dtype)
-    inside = jnp.abs(scaled) <= limit
-    whole = jnp.where(inside, scaled, 0).astype(dtype)
-    mark = jnp.where(jnp.isnan(scaled), _nan(dtype), _over(dtype)).astype(dtype)
-    return jnp.where(inside, whole, mark)
+    scaled = _scaled_to_grid(x, 1, delta)
+    inside = jnp.abs(scaled) <= _limit(dtype)
+    return jnp.where(inside, scaled.astype(dtype), _mark(scaled, dtype))
 
 
 def _floor_divide(a: Array, n: Any) -> tuple[Array, Array]:
@@ -362,11 +387,13 @@ def _like(n: Any, x: Array) -> Any:
     return n if isinstance(n, int) else n.astype(x.dtype)
 
 
-def _any(parts: list[Array]) -> Flags:
-    result = parts[0]
-    for part in parts[1:]:
-        result = result | part
-    return result
+def _any_entry(test: Callable, carriers: PyTree, batch_ndim: int) -> Flags:
+    """Whether an entry of a problem passes a test."""
+    parts = [
+        jnp.any(test(i), axis=tuple(range(batch_ndim, i.ndim)))
+        for i in jtu.tree_leaves(carriers)
+    ]
+    return ft.reduce(jnp.logical_or, parts)
 
 
 def _scaled(weight: Any, x: PyTree) -> PyTree:

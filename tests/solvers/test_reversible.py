@@ -3,7 +3,6 @@
 import functools as ft
 
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 
@@ -55,18 +54,6 @@ def test_tested_solve_stops_at_the_first_iterate_that_passes(beta, x64):
     assert int(sol.stats["num_steps"]) == n + 1
     assert int(sol.stats["num_evals"]) == 2 * n + 1
     assert error(sol.value, z) <= 1e-13
-
-
-@betas
-def test_a_half_step_is_undone(beta, x64):
-    k1, k2 = jr.split(jr.key(0))
-    a = {"u": jr.normal(k1, (3,)), "v": jr.normal(k2, (2, 2))}
-    f = {"u": jr.normal(k2, (3,)), "v": jr.normal(k1, (2, 2))}
-    solver = Float(beta=beta)
-    there = solver.forward_half(a, f)
-    want = {k: (1 - beta) * a[k] + beta * f[k] for k in a}
-    assert error(there, want) <= 1e-15
-    assert error(solver.backward_half(there, f), a) <= 1e-14
 
 
 def test_converges_for_a_map_that_plain_iteration_cycles_on(x64):

@@ -1,0 +1,143 @@
+"""What does not depend on the iterate is computed once per solve.
+
+f(z, args) = g(z, h(args)): h holds the injection of the input, the normalisation of
+weights, masks drawn from a key. Splitting f in two keeps them out of the loops,
+forwards and backwards. Their gradient is pulled back once, and what is kept instead of
+computed again need not come out the same twice.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._upstream import bind
+
+# Only move or repeat entries: cheaper to do again than to keep.
+_CHEAP = {"broadcast_in_dim", "expand_dims", "iota", "reshape", "squeeze", "transpose"}
+
+
+def fold(
+    fn: Callable[[PyTree, PyTree], PyTree], z: PyTree, args: PyTree
+) -> tuple[Callable[[PyTree, list[Array]], PyTree], list[Array], PyTree]:
+    """Split `fn` into a part that depends on z and one that does not.
+
+    Everything with an effect, and every callback, stays in the part that depends on z.
+
+    Args:
+        fn: `fn(z, args)`, traced once.
+        z: an example of the iterate.
+        args: as in `fn`.
+
+    Returns:
+        `rest`, `kept` and the structure of the output, with
+        `rest(z, kept) == fn(z, args)` for every z.
+    """
+    traced, struct, static = eqx.filter_make_jaxpr(fn)(z, args)
+    inputs = [x for x in jtu.tree_leaves((z, args)) if eqx.is_array(x)]
+    closed = jax.make_jaxpr(lambda *xs: _run(traced.jaxpr, traced.consts, xs))(*inputs)
+    jaxpr = closed.jaxpr
+    size = len(jtu.tree_leaves(z))
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(jaxpr.invars[size:], inputs[size:], strict=True))
+
+    once, always = _split(jaxpr.eqns, jaxpr.invars[:size], set(values))
+    for eqn in once:
+        _step(eqn, values)
+    used = {v for eqn in always for v in eqn.invars if _is_var(v)}
+    used |= {v for v in jaxpr.outvars if _is_var(v)}
+    kept_vars = [v for v in values if v in used]
+
+    def rest(z: PyTree, kept: list[Array]) -> PyTree:
+        env = dict(zip(kept_vars, kept, strict=True))
+        env.update(zip(jaxpr.invars[:size], jtu.tree_leaves(z), strict=True))
+        for eqn in always:
+            _step(eqn, env)
+        leaves = [_read(v, env) for v in jaxpr.outvars]
+        out = jtu.tree_unflatten(jtu.tree_structure(struct), leaves)
+        return eqx.combine(out, static)
+
+    return rest, [values[v] for v in kept_vars], struct
+
+
+def _split(
+    eqns: Sequence[Any], iterate: Sequence[Any], given: set[Any]
+) -> tuple[list[Any], list[Any]]:
+    """The equations to run once, and those to run at every evaluation."""
+    varying, fixed = set(iterate), set(given)
+    once, always = [], []
+    for i, eqn in enumerate(eqns):
+        invars = {v for v in eqn.invars if _is_var(v)}
+        impure = bool(eqn.effects) or "callback" in eqn.primitive.name
+        if impure or invars & varying:
+            always.append(i)
+            varying |= set(eqn.outvars)
+        elif invars & fixed:
+            once.append(i)
+            fixed |= set(eqn.outvars)
+        else:
+            # Made of constants alone, a mask say: not worth keeping.
+            always.append(i)
+    return _frontier(eqns, once, always)
+
+
+def _frontier(
+    eqns: Sequence[Any], once: list[int], always: list[int]
+) -> tuple[list[Any], list[Any]]:
+    """Leave to every evaluation what is cheap, and used there alone.
+
+    Equations made of constants are run wherever they are used.
+    """
+    needed: set[Any] = set()
+    first = []
+    made = {v: i for i in always for v in eqns[i].outvars}
+    for i in reversed(once):
+        eqn = eqns[i]
+        if eqn.primitive.name in _CHEAP and not needed & set(eqn.outvars):
+            always.append(i)
+            continue
+        first.append(i)
+        needed |= {v for v in eqn.invars if _is_var(v)}
+    # Constants that the first part needs.
+    pending = [made[v] for v in needed if v in made]
+    while pending:
+        i = pending.pop()
+        if i not in first:
+            first.append(i)
+            inner = (v for v in eqns[i].invars if _is_var(v))
+            pending += [made[v] for v in inner if v in made]
+    return [eqns[i] for i in sorted(first)], [eqns[i] for i in sorted(always)]
+
+
+# A small interpreter of jaxprs
+
+
+def _is_var(v: Any) -> bool:
+    return not isinstance(v, jex.core.Literal)
+
+
+def _read(v: Any, env: dict[Any, Any]) -> Any:
+    return env[v] if _is_var(v) else v.val
+
+
+def _step(eqn: Any, env: dict[Any, Any]) -> None:
+    """Evaluate one equation; calls of jitted functions are entered."""
+    inputs = [_read(v, env) for v in eqn.invars]
+    if eqn.primitive.name in ("jit", "pjit"):
+        inner = eqn.params["jaxpr"]
+        outputs = _run(inner.jaxpr, inner.consts, inputs)
+    else:
+        outputs = bind(eqn, inputs)
+    env.update(zip(eqn.outvars, outputs, strict=True))
+
+
+def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    env = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+    for eqn in jaxpr.eqns:
+        _step(eqn, env)
+    return [_read(v, env) for v in jaxpr.outvars]

@@ -1,0 +1,148 @@
+"""What does not depend on the iterate is computed once per solve."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+import deqjax
+from deqjax._fold import fold
+
+
+def weight_norm(w):
+    return w / jnp.linalg.norm(w, axis=-1, keepdims=True)
+
+
+def cell(z, args):
+    w, u, x, key = args
+    mask = jr.bernoulli(key, 0.9, z.shape)
+    mixed = z @ weight_norm(w).T + x @ u.T
+    return jnp.where(mask, jnp.tanh(0.5 * mixed), 0.0)
+
+
+@pytest.fixture(scope="module")
+def args():
+    k1, k2, k3 = jr.split(jr.key(0), 3)
+    return (
+        jr.normal(k1, (6, 6)),
+        jr.normal(k2, (6, 6)),
+        jr.normal(k3, (4, 6)),
+        jr.key(7),
+    )
+
+
+def primitives(fn, *inputs):
+    return [eqn.primitive.name for eqn in jax.make_jaxpr(fn)(*inputs).eqns]
+
+
+def test_the_parts_make_the_whole(args):
+    z = jr.normal(jr.key(1), (4, 6))
+    rest, kept, _ = fold(cell, jnp.zeros_like(z), args)
+    np.testing.assert_allclose(rest(z, kept), cell(z, args), rtol=1e-6)
+
+
+def test_norms_injections_and_masks_are_not_in_the_part_that_is_repeated(args):
+    z = jnp.zeros((4, 6))
+    rest, kept, _ = fold(cell, z, args)
+    names = primitives(rest, z, kept)
+    assert names.count("dot_general") == 1, names
+    assert "sqrt" not in names
+    assert "reduce_sum" not in names
+    assert not any("random" in name or "threefry" in name for name in names), names
+
+
+def test_calls_of_jitted_functions_are_entered(args):
+    z = jnp.zeros((4, 6))
+    rest, kept, _ = fold(jax.jit(cell), z, args)
+    assert primitives(rest, z, kept).count("dot_general") == 1
+
+
+def test_masks_made_of_constants_are_made_again_not_kept():
+    def causal(z, args):
+        mask = jnp.tril(jnp.ones((64, 64), bool))
+        return jnp.where(mask, z * args, 0.0)
+
+    z = jnp.zeros((64, 64))
+    _, kept, _ = fold(causal, z, jnp.ones(()))
+    assert sum(k.size for k in kept) == 1
+
+
+def test_broadcasts_are_not_kept():
+    def broadcast(z, args):
+        return z * jnp.broadcast_to(jnp.exp(args)[:, None], z.shape)
+
+    rest, kept, _ = fold(broadcast, jnp.zeros((8, 64)), jnp.arange(8.0))
+    assert [k.shape for k in kept] == [(8,)]
+    z = jnp.ones((8, 64))
+    np.testing.assert_allclose(rest(z, kept), broadcast(z, jnp.arange(8.0)), rtol=1e-6)
+
+
+def test_constants_that_the_first_part_needs_are_there():
+    def shifted(z, args):
+        ramp = jnp.arange(3.0) ** 2
+        return 0.5 * z + jnp.sin(args + ramp) + ramp
+
+    a = jnp.array([0.1, 0.2, 0.3])
+    rest, kept, _ = fold(shifted, jnp.zeros(3), a)
+    z = jnp.ones(3)
+    np.testing.assert_allclose(rest(z, kept), shifted(z, a), rtol=1e-6)
+
+
+def test_an_output_that_does_not_depend_on_the_iterate():
+    rest, kept, _ = fold(lambda z, a: (z, {"twice": 2 * a}), jnp.zeros(2), jnp.ones(()))
+    z, aux = rest(jnp.ones(2), kept)
+    assert float(aux["twice"]) == 2
+    assert z.shape == (2,)
+
+
+def test_callbacks_stay_where_every_evaluation_runs_them():
+    calls = []
+
+    def counted(z, a):
+        noise = io_callback(
+            lambda: (calls.append(1), np.float32(0))[1],
+            jax.ShapeDtypeStruct((), jnp.float32),
+        )
+        return 0.5 * z + a + noise
+
+    sol = deqjax.fixed_point(
+        counted,
+        jnp.zeros(2),
+        jnp.ones(2),
+        solver=deqjax.Picard(None, None),
+        max_steps=12,
+    )
+    jax.block_until_ready(sol.value)
+    jax.effects_barrier()
+    assert len(calls) == 12
+
+
+def test_spectral_norm_inside_the_cell_repeats_bit_for_bit():
+    """Compiled differently in the two passes, it used to drift."""
+
+    def spectral(z, args):
+        w, x = args
+        v = jnp.ones(w.shape[1])
+        for _ in range(3):
+            v = w.T @ (w @ v)
+            v = v / jnp.linalg.norm(v)
+        return jnp.tanh(0.8 * z @ (w / jnp.linalg.norm(w @ v)).T + x)
+
+    inputs = (jr.normal(jr.key(0), (32, 32)), jr.normal(jr.key(1), (8, 32)))
+
+    def loss(inputs, probe):
+        sol = deqjax.fixed_point(
+            spectral,
+            jnp.zeros((8, 32)),
+            inputs,
+            solver=deqjax.Reversible(None, None),
+            adjoint=deqjax.ReversibleAdjoint(probe=probe),
+            max_steps=4,
+        )
+        return jnp.sum(sol.value**2)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    _, stats = grad(inputs, deqjax.BackwardStats())
+    assert float(stats.drift) == 0
