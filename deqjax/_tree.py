@@ -125,6 +125,11 @@ def subtract(x: PyTree, y: PyTree) -> PyTree:
     return jtu.tree_map(leaf, x, y)
 
 
+def negative(x: PyTree) -> PyTree:
+    """−x."""
+    return jtu.tree_map(jnp.negative, x)
+
+
 def zeros_like(x: PyTree) -> PyTree:
     """Zeros of the shapes and dtypes of `x` (arrays or `ShapeDtypeStruct`s)."""
 

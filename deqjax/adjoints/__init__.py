@@ -1,6 +1,7 @@
 """Gradients of a solve; every one an `optimistix.AbstractAdjoint`."""
 
-from ._implicit import ImplicitAdjoint as ImplicitAdjoint, JFBAdjoint as JFBAdjoint
+from ._implicit import ImplicitAdjoint as ImplicitAdjoint
+from ._jfb import JFBAdjoint as JFBAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint
 from ._stats import BackwardStats as BackwardStats
 from ._unrolled import UnrolledAdjoint as UnrolledAdjoint

@@ -29,7 +29,7 @@ from ..solvers._base import AbstractSolver
 from ._loop import SolverLoop, as_inputs, detach, solve
 from ._stats import BackwardStats
 
-_Linear = Callable[[PyTree], PyTree]
+Linear = Callable[[PyTree], PyTree]
 
 
 class AbstractInverse(eqx.Module):
@@ -41,21 +41,9 @@ class AbstractInverse(eqx.Module):
 
     @abc.abstractmethod
     def solve(
-        self, operator: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
+        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
         """x with `operator(x) = rhs`, and if asked for the entries of a probe."""
-
-
-class Identity(AbstractInverse):
-    """(J − I)⁻¹ ≈ −I: the zeroth term of the Neumann series."""
-
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        return _negative(vector)
-
-    def solve(
-        self, operator: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
-    ) -> tuple[PyTree, dict[str, Any]]:
-        return _negative(rhs), {"num_products": jnp.array(0)} if measure else {}
 
 
 class LinearSolve(AbstractInverse):
@@ -70,7 +58,7 @@ class LinearSolve(AbstractInverse):
         return exact
 
     def solve(
-        self, operator: _Linear, rhs: PyTree, transposed: bool, measure: bool = False
+        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
         k = self.batch_ndim
         # Scaled to 1 per problem: linear solvers take a small right-hand side for 0.
@@ -94,7 +82,7 @@ class LinearSolve(AbstractInverse):
         fallback = {
             "keep": lambda: value,
             "nan": lambda: jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), value),
-            "jfb": lambda: _negative(scaled),
+            "jfb": lambda: _tree.negative(scaled),
         }[self.on_failure]()
         value = _tree.where(converged, value, fallback)
         value = _tree.where(zero, _tree.zeros_like(value), value)
@@ -192,57 +180,10 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
         if linear_solver is None:
             linear_solver = GMRES(batch_ndim=k)
         inverse = LinearSolve(linear_solver, tags, self.on_failure, k)
-        return _apply(primal_fn, rewrite_fn, named, inverse, self.probe)
+        return apply_implicit(primal_fn, rewrite_fn, named, inverse, self.probe)
 
 
-class JFBAdjoint(optx.AbstractAdjoint):
-    r"""A biased gradient, Jacobian-free: (I − J)⁻¹ is replaced by I.
-
-    $$ \bar\theta = (\partial_\theta f)^\top\, \bar z $$
-
-    A descent direction for contractions that are well enough conditioned; the bias
-    grows with the norm of J and is not small where that is near 1.
-
-    **Cost:** one linearisation of f at z* and one product.
-
-    Forward mode gives ż = ∂f/∂θ θ̇, the same approximation.
-
-    Raises:
-        TypeError: if the problem is not a fixed-point problem.
-
-    Example:
-        >>> import deqjax, jax, jax.numpy as jnp
-        >>> f = lambda z, a: 0.5 * z + a
-        >>> solve = lambda a: deqjax.fixed_point(
-        ...     f, jnp.zeros(()), a, solver=deqjax.Picard(), adjoint=deqjax.JFBAdjoint()
-        ... ).value
-        >>> float(jax.grad(solve)(3.0))  # exact: 2
-        1.0
-
-    References:
-        S. W. Fung, H. Heaton, Q. Li, D. McKenzie, S. Osher, W. Yin (2022), JFB:
-        Jacobian-free backpropagation for implicit networks,
-        doi:10.1609/aaai.v36i6.20619.
-    """
-
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
-        if not isinstance(named.solver, optx.AbstractFixedPointSolver):
-            raise TypeError(
-                "`JFBAdjoint` approximates the inverse of I − J and so needs a "
-                "fixed-point problem; got one for "
-                f"{type(named.solver).__name__}. Use `deqjax.fixed_point`."
-            )
-        return _apply(primal_fn, rewrite_fn, named, Identity(), None)
-
-
-def _apply(
+def apply_implicit(
     primal_fn: Callable,
     rewrite_fn: Callable,
     inputs: Inputs,
@@ -369,7 +310,7 @@ def _tangents(
         if jtu.tree_leaves(a):
             z = jtu.tree_map(jnp.add, z, pull((no_residual, a))[0])
         adjoint_state, entries = inverse.solve(adjoint, z, True, stats is not None)
-        _, moved = pull((_negative(adjoint_state), a))
+        _, moved = pull((_tree.negative(adjoint_state), a))
         if stats is not None:
             p = stats.record(**entries)
         return adjoint_state, jtu.tree_map(jnp.add, d, moved), a, p
@@ -382,7 +323,7 @@ def _tangents(
     return z, a
 
 
-def _transpose(linear: _Linear, example: PyTree) -> _Linear:
+def _transpose(linear: Linear, example: PyTree) -> Linear:
     # Made when called: reverse mode never asks for it outside `matvec`.
     return lambda ct: jax.linear_transpose(linear, example)(ct)[0]
 
@@ -391,10 +332,6 @@ def _linear_zero(t: PyTree) -> Array:
     """0, as a linear function of all leaves of t: the sum of none of their entries."""
     parts = [jnp.sum(jnp.atleast_1d(leaf)[:0]) for leaf in jtu.tree_leaves(t)]
     return _tree.total(parts)
-
-
-def _negative(x: PyTree) -> PyTree:
-    return jtu.tree_map(jnp.negative, x)
 
 
 def _is_none(x: Any) -> bool:

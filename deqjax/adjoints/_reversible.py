@@ -13,11 +13,11 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .. import _tree
-from .._types import Reals
-from .._upstream import Extras, Inputs, unvmap_any, unvmap_max
+from .._upstream import Extras, Inputs, unvmap_any
 from ..solvers._base import check_count
 from ..solvers._reversible import Reversible
-from ._half_steps import HalfStepLoop, Trail, is_unrolled, sealed, take
+from ._backwards import Backwards, add
+from ._half_steps import HalfStepLoop, sealed
 from ._loop import SolverLoop, as_inputs, detach, solve
 from ._stats import BackwardStats
 
@@ -191,21 +191,6 @@ def _reversible_fwd(perturbed, theta, rest, plan, primal_fn):
     return (value, tuple(extras)), loop.trail
 
 
-class _Carry(eqx.Module):
-    """The pair after half step h, the cotangents of both, and what has added up.
-
-    x is a as a state: the point at which half step h evaluated f.
-    """
-
-    a: PyTree
-    b: PyTree
-    x: PyTree
-    ct_a: PyTree
-    ct_b: PyTree
-    gradient: PyTree
-    drift: Reals
-
-
 @_reversible.def_bwd
 def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     fn, y0, args, probe = theta
@@ -224,11 +209,11 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     has_aux = bool(jtu.tree_leaves(ct_aux))
     ct_value, ct_aux = _materialise((ct_value, ct_aux), (y0, no_aux))
 
-    back = _Backwards(
-        inputs, plan, trail, evaluate, moving, ct_aux if has_aux else None
+    back = Backwards(
+        inputs, plan.every, trail, evaluate, moving, ct_aux if has_aux else None
     )
     final, scale = back.run(ct_value)
-    g_y0 = _add(final.ct_a, final.ct_b)
+    g_y0 = add(final.ct_a, final.ct_b)
     gradient = jtu.tree_map(lambda g, p: g.astype(p.dtype), final.gradient, moving)
 
     bad = ~(final.drift <= plan.tolerance(inputs) * scale)
@@ -276,139 +261,6 @@ _DRIFTED = (
 )
 
 
-class _Backwards:
-    """The half steps of a solve, undone."""
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        plan: _Plan,
-        trail: Trail,
-        evaluate: Callable,
-        moving: PyTree,
-        ct_aux: PyTree | None,
-    ):
-        self.inputs, self.plan, self.trail = inputs, plan, trail
-        self.evaluate, self.moving, self.ct_aux = evaluate, moving, ct_aux
-        self.solver: Reversible = inputs.solver
-        self.calculus = self.solver.calculus(inputs.options)
-        self.start = self.calculus.encode(inputs.y0, trail.unit)
-        max_steps = inputs.max_steps
-        self.unrolled = is_unrolled(self.solver, inputs.options, max_steps)
-        # Whether all problems have taken the same, static number of steps.
-        self.even = self.solver.static and "step_budget" not in inputs.options
-        self.total: Any = 2 * max_steps
-        if not self.even:
-            self.total = 2 * unvmap_max(jnp.max(trail.steps, initial=0))
-
-    def run(self, ct_value: PyTree) -> tuple[_Carry, Reals]:
-        """Everything added up, and the size of the states for comparison."""
-        (a, b), y0, k = self.trail.pair, self.inputs.y0, self.solver.batch_ndim
-        gradient = jtu.tree_map(
-            lambda p: jnp.zeros_like(p, dtype=_tree.wide(p.dtype)), self.moving
-        )
-        # Not a number, so that no drift is accepted, where an entry has left the grid.
-        answer = self.calculus.answer(a, b, self.trail.unit, y0, k)
-        size = jnp.maximum(_tree.max_abs(y0, k), _tree.max_abs(answer, k))
-        self._shape = size.shape
-        carry = _Carry(
-            a,
-            b,
-            self._point(self.total - 1, a),
-            _tree.zeros_like(ct_value),
-            ct_value,
-            gradient,
-            jnp.zeros_like(size),
-        )
-        if self.ct_aux is not None and not self.solver.static:
-            # aux came from the evaluation that tested the answer, of which no step
-            # was made.
-            answer = _tree.where(self.trail.steps == 0, y0, self._decode(b))
-            _, pull = jax.vjp(self.evaluate, answer, self.moving)
-            g_z, g_moving = pull((_tree.zeros_like(y0), self.ct_aux))
-            carry = eqx.tree_at(
-                lambda c: (c.ct_b, c.gradient),
-                carry,
-                (_add(ct_value, g_z), _add(gradient, g_moving)),
-            )
-        if self.unrolled:
-            for i in range(self.total):
-                carry = self._half(i, carry)
-        else:
-            carry = lax.fori_loop(0, self.total, self._half, carry)
-        return carry, size
-
-    def _decode(self, carrier: PyTree) -> PyTree:
-        return self.calculus.decode(carrier, self.trail.unit, self.inputs.y0)
-
-    def _half(self, i: Any, carry: _Carry) -> _Carry:
-        """Undo half step h = total − 1 − i."""
-        h, trail = self.total - 1 - i, self.trail
-        active = None if self.even else h < 2 * trail.steps
-        ct_a, ct_f = self.calculus.pull(carry.ct_b)
-        if active is not None:
-            ct_f = _tree.where(active, ct_f, _tree.zeros_like(ct_f))
-        (f, aux), pull = jax.vjp(self.evaluate, carry.x, self.moving)
-        ct_aux = _tree.zeros_like(aux)
-        if self.ct_aux is not None and self.solver.static:
-            last = jnp.asarray(i == 0)
-            ct_aux = jtu.tree_map(
-                lambda t, z: jnp.where(last, t, z), self.ct_aux, ct_aux
-            )
-        g_z, g_moving = pull((ct_f, ct_aux))
-        digits = take(trail.digits, h)
-        before = self.calculus.retreat(carry.b, f, trail.unit, digits)
-        pair, drift = self._compare(h, (before, carry.a), carry.drift, active)
-        if active is not None:
-            pair = _tree.where(active, pair, (carry.a, carry.b))
-            ct_a = _tree.where(active, ct_a, carry.ct_a)
-        ct_b = _add(carry.ct_a, g_z)
-        if active is not None:
-            ct_b = _tree.where(active, ct_b, carry.ct_b)
-        return _Carry(
-            a=pair[0],
-            b=pair[1],
-            x=self._point(h - 1, pair[0]),
-            ct_a=ct_a,
-            ct_b=ct_b,
-            gradient=_add(carry.gradient, g_moving),
-            drift=drift,
-        )
-
-    def _point(self, h: Any, a: PyTree) -> PyTree:
-        """Where half step h evaluated f: the first one at z₀, not at its grid point."""
-        y0 = self.inputs.y0
-        if self.unrolled:
-            return y0 if h == 0 else self.calculus.point(a, self.trail.unit, y0)
-        first = jnp.broadcast_to(h == 0, self._shape)
-        return _tree.where(first, y0, self.calculus.point(a, self.trail.unit, y0))
-
-    def _compare(
-        self, h: Any, pair: PyTree, drift: Reals, active: Any
-    ) -> tuple[PyTree, Reals]:
-        """Where the pair before half step h is known: measure the drift, and use it."""
-        every = self.plan.every
-        if self.unrolled and every is None and h > 0:
-            return pair, drift
-        if every is None:
-            here, known = jnp.asarray(h == 0), (self.start, self.start)
-        else:
-            here = jnp.asarray(h % (2 * every) == 0)
-            known = take(self.trail.anchors, h // (2 * every))
-        off = self.calculus.distance(
-            pair, known, self.trail.unit, self.solver.batch_ndim
-        )
-        if active is not None:
-            here = here & active
-        # A difference that is not a number is one.
-        off = jnp.where(jnp.isnan(off), jnp.inf, off)
-        drift = jnp.where(here, jnp.maximum(drift, off), drift)
-        if every is not None:
-            here = jnp.broadcast_to(here, drift.shape)
-            pair = _tree.where(here, known, pair)
-        return pair, drift
-
-
 def _materialise(cotangent: PyTree, like: PyTree) -> PyTree:
     """Zeros in place of the `None`s of a cotangent."""
 
@@ -416,8 +268,3 @@ def _materialise(cotangent: PyTree, like: PyTree) -> PyTree:
         return jnp.zeros_like(x) if x is not None and ct is None else ct
 
     return jtu.tree_map(leaf, like, cotangent, is_leaf=lambda x: x is None)
-
-
-def _add(x: PyTree, y: PyTree) -> PyTree:
-    """x + y in the dtype of x."""
-    return jtu.tree_map(lambda a, b: a + b.astype(a.dtype), x, y)

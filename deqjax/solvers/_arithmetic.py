@@ -17,7 +17,6 @@ the digits that a reversible computation loses is due to Maclaurin, Duvenaud and
 
 import abc
 import functools as ft
-import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -31,6 +30,7 @@ from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._types import Flags, Reals
+from ._digits import pack, unpack
 
 MAX_DENOMINATOR = 32
 # Bits below the largest entry of z₀ and f(z₀) that the grid resolves; the rest of the
@@ -208,7 +208,8 @@ class ExactArithmetic(AbstractArithmetic):
             scaled = _scaled_to_grid(_wide(f), beta, _delta(unit, f))
             # Divided first: a p would not fit.
             quotient, rest = _floor_divide(a, q)
-            small, digit = (0, rest) if p == 1 else _floor_divide(rest * p, q)
+            whole = isinstance(p, int) and p == 1
+            small, digit = (0, rest) if whole else _floor_divide(rest * p, q)
             new = quotient * p + small + scaled.astype(a.dtype)
             limit = _limit(a.dtype)
             inside = (jnp.abs(scaled) <= limit) & (jnp.abs(new) <= limit)
@@ -273,41 +274,6 @@ def fraction(beta: float) -> Fraction:
         f'`arithmetic="exact"`; got {beta!r}. The nearest are {names}. Any beta '
         'works with `arithmetic="float"`.'
     )
-
-
-# Digits
-
-
-def per_word(base: int) -> int:
-    """How many digits of that base fit into 32 bits."""
-    return math.floor(32 / math.log2(base) + 1e-9)
-
-
-def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Digits are packed within the entries of the first axis: it may be sharded."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
-
-
-def pack(digits: Array, base: int) -> Array:
-    """Digits in [0, base), uint32, to words of `per_word(base)` digits."""
-    rows, size = _rows(digits.shape)
-    count = min(per_word(base), max(size, 1))
-    width = -(-size // count)
-    flat = digits.reshape(rows, size)
-    flat = jnp.pad(flat, ((0, 0), (0, count * width - size)))
-    # Digit i of all words lies together, so that packing is a sum of whole vectors.
-    parts = [flat[:, i * width : (i + 1) * width] for i in range(count)]
-    return ft.reduce(lambda high, low: high * jnp.uint32(base) + low, parts[::-1])
-
-
-def unpack(words: Array, base: int, shape: tuple[int, ...]) -> Array:
-    """The digits that `pack` made into `words`."""
-    size = _rows(shape)[1]
-    count = min(per_word(base), max(size, 1))
-    parts = [words // jnp.uint32(base**i) % jnp.uint32(base) for i in range(count)]
-    return jnp.concatenate(parts, axis=1)[:, :size].reshape(shape)
 
 
 # Integers

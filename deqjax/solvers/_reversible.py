@@ -221,8 +221,8 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
 
             # The evaluation that ends the solve is the only one of its step.
             go_on = unvmap_any(jnp.any(active))
-            num_evals = state.num_evals + jnp.any(before) + jnp.any(active)
-            num_evals = num_evals.astype(jnp.int32)
+            both = (jnp.any(flags).astype(jnp.int32) for flags in (before, active))
+            num_evals = state.num_evals + sum(both)
             pair = lax.cond(go_on, rest, lambda: pair)
         (companion, y), carriers = pair
         return y, ReversibleState(companion, carriers, unit, progress, num_evals), aux

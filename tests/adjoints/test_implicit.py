@@ -17,7 +17,9 @@ from tests.helpers import batched, dense, error, inner, problem, row, weigh
 
 SOLVER = deqjax.Picard(1e-14, 1e-14)
 EXACT = deqjax.ImplicitAdjoint(GMRES(1e-13))
-KINDS = ["tanh", "relu", "norm", "linear", "tree", "aux", "idle"]
+# Those that show the least beside the others only on request.
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("relu", "linear")]
+KINDS = ["tanh", "norm", "tree", "aux", "idle", *SLOW]
 
 
 def loss(p, adjoint=EXACT, **kwargs):
@@ -31,7 +33,7 @@ def loss(p, adjoint=EXACT, **kwargs):
 def test_gradient_is_the_dense_one_and_that_of_finite_differences(kind, x64):
     p = problem(kind)
     run = loss(p)
-    gradient = eqx.filter_grad(run)(p.args)
+    gradient = eqx.filter_jit(eqx.filter_grad(run))(p.args)
     assert error(gradient, dense(p).gradient) <= 1e-9
     direction, want = helpers.slope(run, p.args)
     np.testing.assert_allclose(inner(gradient, direction), want, rtol=1e-8)
@@ -39,7 +41,7 @@ def test_gradient_is_the_dense_one_and_that_of_finite_differences(kind, x64):
 
 def test_leaves_that_f_does_not_use_have_gradient_zero(x64):
     p = problem("idle")
-    gradient = eqx.filter_grad(loss(p))(p.args)
+    gradient = eqx.filter_jit(eqx.filter_grad(loss(p)))(p.args)
     assert gradient["unused"].shape == (3,)
     assert not np.any(gradient["unused"])
     assert gradient["order"] is None
@@ -85,7 +87,7 @@ def test_a_loss_of_aux_alone_has_its_gradient(x64):
 def test_any_linear_solver_of_lineax_serves(linear_solver, x64):
     p = problem("aux")
     adjoint = deqjax.ImplicitAdjoint(linear_solver)
-    assert error(jax.grad(loss(p, adjoint))(p.args), dense(p).gradient) <= 1e-9
+    assert error(jax.jit(jax.grad(loss(p, adjoint)))(p.args), dense(p).gradient) <= 1e-9
 
 
 def test_tags_choose_the_solver_for_symmetric_jacobians(x64):
@@ -94,7 +96,7 @@ def test_tags_choose_the_solver_for_symmetric_jacobians(x64):
     p = p._replace(args=(w, p.args[1]))
     adjoint = deqjax.ImplicitAdjoint(lx.CG(1e-13, 1e-13))
     tags = frozenset({lx.symmetric_tag, lx.negative_semidefinite_tag})
-    got = jax.grad(loss(p, adjoint, tags=tags))(p.args)
+    got = jax.jit(jax.grad(loss(p, adjoint, tags=tags)))(p.args)
     assert error(got, dense(p).gradient) <= 1e-9
 
 
@@ -194,7 +196,7 @@ def second_orders(run, flat, t):
     yield jax.grad(lambda a: jax.jvp(run, (a,), (t,))[1])(flat)
 
 
-@pytest.mark.parametrize("kind", ["tree", "aux"])
+@pytest.mark.parametrize("kind", ["aux", pytest.param("tree", marks=pytest.mark.slow)])
 def test_second_order_in_all_compositions(kind, x64):
     p = problem(kind, n=3)
     flat, back = ravel_pytree(p.args)

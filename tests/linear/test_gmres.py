@@ -19,6 +19,11 @@ def solve(matrix, b, solver, **options):
     return _run(matrix, b, solver, options)
 
 
+def gmres(rtol, atol=0.0, **kwargs):
+    """With tolerances that may be traced, so that tests share a compilation."""
+    return GMRES(jnp.asarray(rtol), jnp.asarray(atol), **kwargs)
+
+
 @eqx.filter_jit
 def _run(matrix, b, solver, options):
     return lx.linear_solve(matrix, b, solver, options=options, throw=False)
@@ -60,7 +65,7 @@ def residual(matrix, x, b):
 @pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-6])
 def test_stops_at_the_first_product_that_meets_the_tolerance(rtol, x64):
     matrix, b = system()
-    sol = solve(matrix, b, GMRES(rtol))
+    sol = solve(matrix, b, gmres(rtol))
     assert sol.result == lx.RESULTS.successful
     assert int(sol.stats["num_products"]) == optimum(matrix, b, rtol)
     true = residual(matrix, sol.value, b)
@@ -73,8 +78,8 @@ def test_stops_at_the_first_product_that_meets_the_tolerance(rtol, x64):
 
 @pytest.mark.parametrize("spread", [0.5, 0.99, 3.0])
 def test_float32_needs_at_most_two_products_more_than_the_optimum(spread):
-    matrix, b = system(30, seed=2, spread=spread)
-    sol = solve(matrix, b, GMRES(1e-4))
+    matrix, b = system(seed=2, spread=spread)
+    sol = solve(matrix, b, gmres(1e-4))
     best = optimum(matrix, b, 1e-4)
     assert best <= int(sol.stats["num_products"]) <= best + 2
     assert residual(matrix, sol.value, b) <= 1.1e-4
@@ -89,7 +94,7 @@ def test_products_counted_are_those_made():
         return matrix @ v
 
     operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: b))
-    sol = solve(operator, b, GMRES(1e-4))
+    sol = solve(operator, b, gmres(1e-4))
     jax.effects_barrier()
     # One more linearises a function that is linear, at zero.
     assert int(sol.stats["num_products"]) <= len(calls)
@@ -98,14 +103,14 @@ def test_products_counted_are_those_made():
 
 def test_a_full_space_solves_exactly(x64):
     matrix, b = system(6, spread=3.0)
-    sol = solve(matrix, b, GMRES(1e-13))
+    sol = solve(matrix, b, gmres(1e-13))
     assert int(sol.stats["num_products"]) <= 6
     assert error(sol.value, np.linalg.solve(matrix, b)) <= 1e-11
 
 
 def test_restarts_cost_one_product_each_and_reach_the_tolerance(x64):
     matrix, b = system(30, spread=0.95)
-    sol = solve(matrix, b, GMRES(1e-8, restart=5))
+    sol = solve(matrix, b, gmres(1e-8, restart=5))
     assert sol.result == lx.RESULTS.successful
     true = residual(matrix, sol.value, b)
     assert true <= 1e-8
@@ -130,7 +135,7 @@ def test_restarts_cost_one_product_each_and_reach_the_tolerance(x64):
 
 def test_atol_is_absolute(x64):
     matrix, b = system()
-    sol = solve(matrix, 1e3 * b, GMRES(0.0, 1e-2))
+    sol = solve(matrix, 1e3 * b, gmres(0.0, 1e-2))
     best = optimum(matrix, b, 1e-5 / np.linalg.norm(b))
     assert int(sol.stats["num_products"]) == best
     assert float(sol.stats["residual"]) <= 1e-2
@@ -156,12 +161,12 @@ def test_default_tolerance_is_by_dtype(state, rtol, x64):
 # --- right-hand sides -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e38])
+@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1e20, 1e38])
 def test_the_scale_of_the_right_hand_side_does_not_matter(scale):
-    matrix, b = system(10)
+    matrix, b = system()
     b = b / 10
-    plain = solve(matrix, b, GMRES(1e-5))
-    scaled = solve(matrix, jnp.float32(scale) * b, GMRES(1e-5))
+    plain = solve(matrix, b, gmres(1e-5))
+    scaled = solve(matrix, jnp.float32(scale) * b, gmres(1e-5))
     assert scaled.result == lx.RESULTS.successful
     assert int(scaled.stats["num_products"]) == int(plain.stats["num_products"])
     got = np.asarray(scaled.value, np.float64) / scale
@@ -169,8 +174,8 @@ def test_the_scale_of_the_right_hand_side_does_not_matter(scale):
 
 
 def test_zero_gives_zero_after_no_product():
-    matrix, b = system(5)
-    sol = solve(matrix, 0 * b, GMRES())
+    matrix, b = system()
+    sol = solve(matrix, 0 * b, gmres(1e-5))
     assert not np.any(sol.value)
     assert int(sol.stats["num_products"]) == 0
     assert float(sol.stats["residual"]) == 0
@@ -180,12 +185,12 @@ def test_zero_gives_zero_after_no_product():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_is_no_success(bad):
-    matrix, b = system(5)
-    sol = solve(matrix, b.at[2].set(bad), GMRES())
+    matrix, b = system()
+    sol = solve(matrix, b.at[2].set(bad), gmres(1e-5))
     assert sol.result == lx.RESULTS.nonfinite_input
     assert not bool(sol.stats["converged"])
     assert np.isnan(sol.value).all()
-    operator = solve(matrix.at[0, 0].set(bad), b, GMRES())
+    operator = solve(matrix.at[0, 0].set(bad), b, gmres(1e-5))
     assert operator.result != lx.RESULTS.successful
     assert not bool(operator.stats["converged"])
 
@@ -206,14 +211,14 @@ def test_a_singular_system_without_solution_breaks_down(x64):
 
 def test_a_singular_system_with_a_solution_is_solved(x64):
     matrix, b = jnp.diag(jnp.array([1.0, 2.0, 0.0])), jnp.array([1.0, 1.0, 0.0])
-    sol = solve(matrix, b, GMRES(1e-12))
+    sol = solve(matrix, b, gmres(1e-12))
     assert sol.result == lx.RESULTS.successful
     np.testing.assert_allclose(sol.value, [1.0, 0.5, 0.0], atol=1e-12)
 
 
 def test_most_products_are_respected(x64):
     matrix, b = system()
-    sol = solve(matrix, b, GMRES(1e-12, max_steps=4))
+    sol = solve(matrix, b, gmres(1e-12, max_steps=4))
     assert sol.result == lx.RESULTS.max_steps_reached
     assert int(sol.stats["num_products"]) == 4
     true = residual(matrix, sol.value, b)
@@ -224,10 +229,10 @@ def test_a_cycle_that_makes_no_progress_ends_the_solve():
     # A cyclic shift: nothing is gained before the dimension is reached.
     n = 8
     matrix, b = jnp.roll(jnp.eye(n), 1, 0), jnp.eye(n)[0]
-    sol = solve(matrix, b, GMRES(1e-5, restart=3))
+    sol = solve(matrix, b, gmres(1e-5, restart=3))
     assert sol.result == lx.RESULTS.breakdown
     assert int(sol.stats["num_products"]) <= 2 * 4
-    whole = solve(matrix, b, GMRES(1e-5))
+    whole = solve(matrix, b, gmres(1e-5))
     assert whole.result == lx.RESULTS.successful
     assert int(whole.stats["num_products"]) == n
 
@@ -238,19 +243,19 @@ def test_a_cycle_that_makes_no_progress_ends_the_solve():
 def test_a_start_that_solves_costs_one_product(x64):
     matrix, b = system()
     x = jnp.linalg.solve(matrix, b)
-    sol = solve(matrix, b, GMRES(1e-8), y0=x)
+    sol = solve(matrix, b, gmres(1e-8), y0=x)
     assert int(sol.stats["num_products"]) == 1
     assert error(sol.value, x) <= 1e-12
-    near = solve(matrix, b, GMRES(1e-8), y0=x + 1e-5 * b)
+    near = solve(matrix, b, gmres(1e-8), y0=x + 1e-5 * b)
     assert residual(matrix, near.value, b) <= 1e-8
-    far = solve(matrix, b, GMRES(1e-8))
+    far = solve(matrix, b, gmres(1e-8))
     assert int(near.stats["num_products"]) < int(far.stats["num_products"])
 
 
 def test_a_perfect_preconditioner_leaves_one_product(x64):
     matrix, b = system(spread=3.0)
     inverse = lx.MatrixLinearOperator(jnp.linalg.inv(matrix))
-    sol = solve(matrix, b, GMRES(1e-8), preconditioner=inverse)
+    sol = solve(matrix, b, gmres(1e-8), preconditioner=inverse)
     assert int(sol.stats["num_products"]) == 1
     assert residual(matrix, sol.value, b) <= 1e-8
 
@@ -259,37 +264,37 @@ def test_a_perfect_preconditioner_leaves_one_product(x64):
 
 
 def test_pytrees_are_solved_jointly(x64):
-    matrix, b = system(9)
-    split = lambda v: {"a": v[:3], "b": (v[3:].reshape(2, 3),)}
+    matrix, b = system()
+    split = lambda v: {"a": v[:4], "b": (v[4:].reshape(2, 8),)}
     join = lambda t: jnp.concatenate([t["a"], t["b"][0].reshape(-1)])
     operator = lx.FunctionLinearOperator(
         lambda t: split(matrix @ join(t)), jax.eval_shape(lambda: split(b))
     )
-    sol = solve(operator, split(b), GMRES(1e-10))
-    flat = solve(matrix, b, GMRES(1e-10))
+    sol = solve(operator, split(b), gmres(1e-10))
+    flat = solve(matrix, b, gmres(1e-10))
     assert error(join(sol.value), flat.value) <= 1e-12
     assert int(sol.stats["num_products"]) == int(flat.stats["num_products"])
 
 
 def test_problems_of_a_batch_are_solved_as_if_alone(x64):
     matrices, bs = zip(
-        *(system(8, i, s) for i, s in enumerate((0.1, 0.9, 3.0))), strict=True
+        *(system(20, i, s) for i, s in enumerate((0.1, 0.5, 0.9))), strict=True
     )
     a, b = jnp.stack(matrices), jnp.stack(bs).at[0].mul(1e-12)
     operator = lx.FunctionLinearOperator(
         lambda v: jnp.einsum("bij,bj->bi", a, v), jax.eval_shape(lambda: b)
     )
-    whole = solve(operator, b, GMRES(1e-6, batch_ndim=1))
+    whole = solve(operator, b, gmres(1e-6, batch_ndim=1))
     lanes = jax.jit(
         jax.vmap(
-            lambda a, b: lx.linear_solve(lx.MatrixLinearOperator(a), b, GMRES(1e-6))
+            lambda a, b: lx.linear_solve(lx.MatrixLinearOperator(a), b, gmres(1e-6))
         )
     )(a, b)
     assert whole.result == lx.RESULTS.successful
     assert whole.stats["residual"].shape == (3,)
     products = []
     for i in range(3):
-        alone = solve(a[i], b[i], GMRES(1e-6))
+        alone = solve(a[i], b[i], gmres(1e-6))
         assert error(whole.value[i], alone.value) <= 1e-10
         assert error(lanes.value[i], alone.value) <= 1e-10
         products.append(int(alone.stats["num_products"]))
@@ -300,13 +305,13 @@ def test_problems_of_a_batch_are_solved_as_if_alone(x64):
 
 
 def test_failed_and_zero_batch_mates_change_nothing(x64):
-    matrix, b = system(6)
+    matrix, b = system()
     rows = jnp.stack([b, 0 * b, jnp.nan * b, 2 * b])
     operator = lx.FunctionLinearOperator(
         lambda v: v @ matrix.T, jax.eval_shape(lambda: rows)
     )
-    sol = solve(operator, rows, GMRES(1e-8, batch_ndim=1))
-    alone = solve(matrix, b, GMRES(1e-8))
+    sol = solve(operator, rows, gmres(1e-8, batch_ndim=1))
+    alone = solve(matrix, b, gmres(1e-8))
     assert error(sol.value[0], alone.value) <= 1e-12
     assert error(sol.value[3], 2 * alone.value) <= 1e-12
     assert not np.any(sol.value[1])
@@ -318,7 +323,7 @@ def test_failed_and_zero_batch_mates_change_nothing(x64):
 def test_transposed_and_differentiated_by_lineax(x64):
     matrix, b = system(5)
     run = lambda m, b: jnp.sum(
-        jnp.sin(lx.linear_solve(lx.MatrixLinearOperator(m), b, GMRES(1e-13)).value)
+        jnp.sin(lx.linear_solve(lx.MatrixLinearOperator(m), b, gmres(1e-13)).value)
     )
     dense = lambda m, b: jnp.sum(jnp.sin(jnp.linalg.solve(m, b)))
     got = jax.jit(jax.grad(run, (0, 1)))(matrix, b)
