@@ -3,10 +3,11 @@
     python benchmarks/reversal.py
 
 Measures, for maps of known character, the relative error of the gradient of N
-reversible steps against backpropagation in float64, for exact and float arithmetic, with
-anchors, and for float32 backpropagation; the drift that each backward pass reports; and
-the bytes per step that the compiler reserves. Writes `benchmarks/results/reversal-DEVICE.json`,
-and from it the table and the figure of the documentation.
+reversible steps against backpropagation in float64: for exact and float arithmetic,
+with anchors, and for float32 backpropagation. Then the drift that each backward pass
+reports, and the bytes per step that the compiler reserves. Writes
+`benchmarks/results/reversal-DEVICE.json`, and from it the table and the figure of the
+documentation.
 """
 
 import argparse

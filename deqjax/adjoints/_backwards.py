@@ -14,7 +14,7 @@ from .. import _tree
 from .._types import Reals
 from .._upstream import Inputs, unvmap_max
 from ..solvers._reversible import Reversible
-from ._half_steps import Trail, is_unrolled, take
+from ._half_steps import Trail, take
 
 
 class _Carry(eqx.Module):
@@ -38,6 +38,7 @@ class Backwards:
     def __init__(
         self,
         inputs: Inputs,
+        unrolled: bool,
         every: int | None,
         trail: Trail,
         evaluate: Callable,
@@ -49,11 +50,10 @@ class Backwards:
         self.solver: Reversible = inputs.solver
         self.calculus = self.solver.calculus(inputs.options)
         self.start = self.calculus.encode(inputs.y0, trail.unit)
-        max_steps = inputs.max_steps
-        self.unrolled = is_unrolled(self.solver, inputs.options, max_steps)
+        self.unrolled = unrolled
         # Whether all problems have taken the same, static number of steps.
         self.even = self.solver.static and "step_budget" not in inputs.options
-        self.total: Any = 2 * max_steps
+        self.total: Any = 2 * inputs.max_steps
         if not self.even:
             self.total = 2 * unvmap_max(jnp.max(trail.steps, initial=0))
 

@@ -1,6 +1,6 @@
 """The reversible iteration forwards: a loop over half steps that leaves a trail.
 
-f is traced once and evaluated inside loops only (or, for short static solves, outside
+f is traced once and evaluated inside loops only (or, for some short solves, outside
 loops only), as it is backwards: XLA may compile an evaluation differently in the two
 places, and going back exactly needs the same bits.
 """
@@ -69,9 +69,32 @@ def sealed(fn: Callable) -> Callable:
     return call
 
 
-def is_unrolled(solver: Reversible, options: dict[str, Any], max_steps: int) -> bool:
-    """Whether the half steps are unrolled, forwards and backwards."""
-    return solver.static and "step_budget" not in options and max_steps <= UNROLL
+def is_unrolled(inputs: Inputs) -> bool:
+    """Whether the half steps are unrolled, forwards and backwards.
+
+    Short static solves of maps with convolutions are, for their gradients' sake (see
+    `UNROLL`). Fused across half steps, an evaluation need not come out the same twice,
+    so that such a solve is given an anchor at every step. All others run in loops.
+    """
+    solver, budget = inputs.solver, "step_budget" in inputs.options
+    short = solver.static and not budget and inputs.max_steps <= UNROLL
+    if not short:
+        return False
+    traced, *_ = eqx.filter_make_jaxpr(inputs.fn)(inputs.y0, inputs.args)
+    return _convolves(traced.jaxpr)
+
+
+def _convolves(jaxpr: Any) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            return True
+        for inner in jtu.tree_leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns") and _convolves(inner):
+                return True
+    return False
 
 
 class HalfStepLoop(SolverLoop):
@@ -79,6 +102,7 @@ class HalfStepLoop(SolverLoop):
 
     Args:
         inputs: those of the solve.
+        unrolled: see `is_unrolled`.
         leave_trail: whether the solve is to be undone.
         every: steps between anchors, or None.
 
@@ -88,8 +112,15 @@ class HalfStepLoop(SolverLoop):
 
     trail: Trail | None = None
 
-    def __init__(self, inputs: Inputs, leave_trail: bool, every: int | None = None):
+    def __init__(
+        self,
+        inputs: Inputs,
+        unrolled: bool,
+        leave_trail: bool,
+        every: int | None = None,
+    ):
         super().__init__(inputs)
+        self.unrolled = unrolled
         self.leave_trail = leave_trail
         self.every = every
         self.calculus = inputs.solver.calculus(inputs.options)
@@ -106,12 +137,11 @@ class HalfStepLoop(SolverLoop):
         assert max_steps is not None
         solver: Reversible = self.inputs.solver
         init = Carry(*init_val)
-        unrolled = is_unrolled(solver, self.inputs.options, max_steps)
-        f, aux = self._first(init.y, unrolled)
+        f, aux = self._first(init.y)
         self.unit = self.calculus.unit(init.y, f, solver.batch_ndim)
         start = self._start(init, f, aux, max_steps)
         run = self._run_static if solver.static else self._run_tested
-        final, num_steps, pair, steps = run(start, max_steps, unrolled)
+        final, num_steps, pair, steps = run(start, max_steps)
 
         decode = ft.partial(self.calculus.decode, unit=self.unit, like=init.y)
         progress = final.progress
@@ -149,10 +179,10 @@ class HalfStepLoop(SolverLoop):
 
     # The start
 
-    def _first(self, z0: PyTree, unrolled: bool) -> tuple[PyTree, PyTree]:
+    def _first(self, z0: PyTree) -> tuple[PyTree, PyTree]:
         """f(z₀), in a loop of its own unless the half steps are unrolled."""
         args = self.inputs.args
-        if unrolled:
+        if self.unrolled:
             return self.fn(z0, args)
         aux = eqx.filter_eval_shape(self.fn, z0, args)[1]
         blank = (_tree.zeros_like(z0), _tree.zeros_like(aux))
@@ -220,7 +250,7 @@ class HalfStepLoop(SolverLoop):
             is_leaf=lambda x: x is None,
         )
 
-    def _run_static(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
+    def _run_static(self, start: _Carry, max_steps: int) -> tuple:
         solver: Reversible = self.inputs.solver
         options, y0 = self.inputs.options, self.inputs.y0
         steps: Any = max_steps
@@ -242,7 +272,7 @@ class HalfStepLoop(SolverLoop):
             return self._update(h, carry)
 
         last = self._update(0, start)
-        if unrolled:
+        if self.unrolled:
             for h in range(1, 2 * max_steps):
                 last = half(h, last)
         else:
@@ -276,7 +306,7 @@ class HalfStepLoop(SolverLoop):
         active = progress.active(self.inputs.options)
         return self.inputs.solver.observe(progress, active, (a, b), z, f, aux)
 
-    def _run_tested(self, start: _Carry, max_steps: int, unrolled: bool) -> tuple:
+    def _run_tested(self, start: _Carry, max_steps: int) -> tuple:
         options = self.inputs.options
 
         def go_on(val: tuple) -> Array:

@@ -17,7 +17,7 @@ from .._upstream import Extras, Inputs, unvmap_any
 from ..solvers._base import check_count
 from ..solvers._reversible import Reversible
 from ._backwards import Backwards, add
-from ._half_steps import HalfStepLoop, sealed
+from ._half_steps import HalfStepLoop, is_unrolled, sealed
 from ._loop import SolverLoop, as_inputs, detach, solve
 from ._stats import BackwardStats
 
@@ -55,7 +55,9 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
 
     Args:
         anchors: K, the number of steps between anchors; `"auto"`: as many as amplify
-            rounding by no more than what leaves half of a dtype's digits; None: none.
+            rounding by no more than what leaves half of a dtype's digits; None: none,
+            but in static solves of up to 8 steps of maps with convolutions, which
+            are unrolled, one at every step.
         on_drift: what the gradient is if the drift of any problem exceeds the
             tolerance: `"nan"`, `"raise"` an error, or `"recompute"` by backpropagation
             through the steps, with checkpoints (in memory of the order of √N states).
@@ -131,7 +133,10 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
             )
         theta = (named.fn, named.y0, named.args, self.probe)
         rest = named._replace(fn=None, y0=None, args=None)
-        plan = _Plan(self._every(named), self.on_drift, self.drift_tol)
+        every, unrolled = self._every(named), is_unrolled(named)
+        if unrolled and every is None:
+            every = 1
+        plan = _Plan(unrolled, every, self.on_drift, self.drift_tol)
         value, extras = _reversible(theta, rest, plan, primal_fn)
         return value, tuple(detach(Extras(*extras)))
 
@@ -144,8 +149,9 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
 
 
 class _Plan(eqx.Module):
-    """What a backward pass does about drift."""
+    """How the half steps are run, and what a backward pass does about drift."""
 
+    unrolled: bool = eqx.field(static=True)
     every: int | None = eqx.field(static=True)
     on_drift: str = eqx.field(static=True)
     drift_tol: float | None = eqx.field(static=True)
@@ -178,7 +184,7 @@ def _reversible(
 ) -> PyTree:
     fn, y0, args, _ = theta
     inputs = rest._replace(fn=fn, y0=y0, args=args)
-    value, extras = solve(primal_fn, inputs, HalfStepLoop(inputs, leave_trail=False))
+    value, extras = solve(primal_fn, inputs, HalfStepLoop(inputs, plan.unrolled, False))
     return value, tuple(extras)
 
 
@@ -186,7 +192,7 @@ def _reversible(
 def _reversible_fwd(perturbed, theta, rest, plan, primal_fn):
     fn, y0, args, _ = theta
     inputs = rest._replace(fn=fn, y0=y0, args=args)
-    loop = HalfStepLoop(inputs, leave_trail=True, every=plan.every)
+    loop = HalfStepLoop(inputs, plan.unrolled, True, plan.every)
     value, extras = solve(primal_fn, inputs, loop)
     return (value, tuple(extras)), loop.trail
 
@@ -210,7 +216,13 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     ct_value, ct_aux = _materialise((ct_value, ct_aux), (y0, no_aux))
 
     back = Backwards(
-        inputs, plan.every, trail, evaluate, moving, ct_aux if has_aux else None
+        inputs,
+        plan.unrolled,
+        plan.every,
+        trail,
+        evaluate,
+        moving,
+        ct_aux if has_aux else None,
     )
     final, scale = back.run(ct_value)
     g_y0 = add(final.ct_a, final.ct_b)

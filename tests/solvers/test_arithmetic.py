@@ -10,7 +10,8 @@ import pytest
 
 import deqjax
 from deqjax.solvers import _arithmetic
-from deqjax.solvers._arithmetic import ExactArithmetic, fraction, pack, per_word, unpack
+from deqjax.solvers._arithmetic import ExactArithmetic, fraction
+from deqjax.solvers._digits import pack, per_word, unpack
 
 BETAS = [1 / 2, 3 / 4, 4 / 5, 7 / 8, 9 / 10, 7 / 10, 2 / 3, 1 / 8, 17 / 31]
 LIMIT = {32: 2**30 - 1, 64: 2**62 - 1}
