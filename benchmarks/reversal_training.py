@@ -14,6 +14,7 @@ the model. Writes
 import argparse
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,10 @@ import optax
 from sklearn.datasets import load_digits
 
 import deqjax
+
+if not __package__:  # run as a script: what is imported below lies beside it
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
 from benchmarks.reversal import commit, normalise, relative_error
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -101,9 +101,16 @@ def test_gradient_is_that_of_float64_at_the_level_of_float32(name, beta, steps, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 8, 9, 128, 1000])
-@pytest.mark.parametrize("beta", [0.5, 0.75, 0.8, 0.9, 0.7])
-@pytest.mark.parametrize("name", ["tanh", "relu", "norm", "attention"])
+@pytest.mark.parametrize(
+    ("name", "beta", "steps"),
+    [
+        ("tanh", 0.5, 1000),
+        ("relu", 0.7, 1),
+        ("relu", 0.8, 128),
+        ("norm", 0.9, 1000),
+        ("attention", 0.8, 128),
+    ],
+)
 def test_gradient_of_every_map_beta_and_depth(name, beta, steps, x64):
     check_float32_level(name, beta, steps)
 
@@ -168,9 +175,7 @@ def test_layers_repeat_themselves_in_a_tested_solve(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("steps", [1, 2, 8, 9, 60])
-@pytest.mark.parametrize("beta", [0.5, 0.9])
-@pytest.mark.parametrize("tol", [None, 1e-4])
+@pytest.mark.parametrize(("steps", "beta", "tol"), [(2, 0.9, None), (60, 0.5, 1e-4)])
 def test_layers_repeat_themselves(name, steps, beta, tol):
     unrolled = "conv" in name and tol is None and steps <= 8
     found = drift(case(name), Exact(tol, tol, beta=beta), steps)
