@@ -12,7 +12,7 @@ from jax import lax
 import deqjax
 from tests import helpers
 from tests.helpers import error, norm_map, problem, relu_map, tanh_map, weigh, weights
-from tests.layers import attention, case
+from tests.layers import Case, attention, case
 
 Exact = deqjax.Reversible
 static = ft.partial(Exact, None, None)
