@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._types import Reals
@@ -125,7 +125,7 @@ class Backwards:
         g_z, g_moving = pull((ct_f, ct_aux))
         digits = take(trail.digits, h)
         before = self.calculus.retreat(carry.b, f, trail.unit, digits)
-        pair, drift = self._compare(h, (before, carry.a), carry.drift, active)
+        pair, drift = self._compare(h, (before, carry.a), carry.drift, active, g_z)
         if active is not None:
             pair = _tree.where(active, pair, (carry.a, carry.b))
             ct_a = _tree.where(active, ct_a, carry.ct_a)
@@ -151,19 +151,30 @@ class Backwards:
         return _tree.where(first, y0, self.calculus.point(a, self.trail.unit, y0))
 
     def _compare(
-        self, h: Any, pair: PyTree, drift: Reals, active: Any
+        self, h: Any, pair: PyTree, drift: Reals, active: Any, pulled: PyTree
     ) -> tuple[PyTree, Reals]:
         """At an anchor: measure the drift of its segment, and go on from it."""
         every = self.every
         if every is None:
             return pair, drift
         here = jnp.asarray(h % (2 * every) == 0)
-        known = take(self.trail.anchors, h // (2 * every))
+        index = h // (2 * every)
+        if self.unrolled:
+            # Not before this half step has been pulled back: XLA would begin with the
+            # evaluations of all of them, and hold the activations of all.
+            index = index + _zero_after(pulled)
+        known = take(self.trail.anchors, index)
         off = self._distance(pair, known)
         if active is not None:
             here = here & active
         drift = jnp.where(here, jnp.maximum(drift, off), drift)
         return _tree.where(jnp.broadcast_to(here, drift.shape), known, pair), drift
+
+
+def _zero_after(x: PyTree) -> Array:
+    """0, which XLA does not know before it has computed x."""
+    entries = jnp.ravel(jtu.tree_leaves(x)[0])[:1]
+    return jnp.sum((entries == entries) & (entries != entries), dtype=jnp.int32)
 
 
 def add(x: PyTree, y: PyTree) -> PyTree:
