@@ -68,7 +68,10 @@ def load_run(directory: Path | str, name: str) -> tuple[ImageClassifier, Config]
 
 @contextlib.contextmanager
 def _wide(wanted: bool) -> Iterator[None]:
-    """Let JAX compute in float64 where that is wanted."""
+    """Let JAX compute in float64 where that is wanted.
+
+    A program, unlike a library, may set JAX's configuration: hence the two `noqa`s.
+    """
     before = jax.dtypes.canonicalize_dtype("float64") == "float64"
     jax.config.update("jax_enable_x64", before or wanted)  # noqa: TID251
     try:

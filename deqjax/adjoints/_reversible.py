@@ -49,7 +49,8 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     **Cost:** two evaluations with pull-back per step. **Memory:** 5 copies of z, one
     pull-back of f and one gradient of the parameters, whatever the number of steps;
     with exact arithmetic log₂ q bits per entry of z and evaluation; with anchors 2/K
-    copies of z per step.
+    copies of z per step. Static solves of up to 8 steps of maps with convolutions are
+    unrolled: their memory grows over those steps.
 
     Reverse mode only, once.
 
@@ -62,7 +63,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
             tolerance: `"nan"`, `"raise"` an error, or `"recompute"` by backpropagation
             through the steps, with checkpoints (in memory of the order of √N states).
         drift_tol: the drift to accept, relative to the largest entry of the states.
-            None: 0 for exact arithmetic without anchors; else
+            None: 0 for exact arithmetic without anchors (see there); else
             min(8 ε (1−β)^(−2K), √ε), ε being the precision of the states' dtype and K
             the steps between anchors, or of the solve.
         probe: a `BackwardStats` whose gradient is the record of the backward pass; the

@@ -106,8 +106,8 @@ class RevDEQ(DEQ):
     r"""A reversible deep equilibrium layer: N steps of the reversible iteration.
 
     A `DEQ` with `deqjax.Reversible(rtol=None, atol=None, beta=beta)`, `num_steps` steps
-    and `deqjax.ReversibleAdjoint()`: the gradient is that of the steps taken, in memory
-    that does not grow with their number.
+    and `deqjax.ReversibleAdjoint()`: the gradient is that of the steps taken, and the
+    adjoint says what memory it takes.
 
     **Cost:** 2 × `num_steps` evaluations of the cell.
 

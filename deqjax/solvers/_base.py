@@ -84,6 +84,7 @@ class AbstractSolver(
     taken in a loop of static length.
     """
 
+    # optimistix has floats alone; None is for a solve without a test.
     rtol: eqx.AbstractVar[Tolerance]  # pyright: ignore[reportIncompatibleVariableOverride]
     atol: eqx.AbstractVar[Tolerance]  # pyright: ignore[reportIncompatibleVariableOverride]
     min_steps: eqx.AbstractVar[int]
