@@ -9,6 +9,11 @@ from .adjoints import (
     ReversibleAdjoint as ReversibleAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )
-from .solvers import Picard as Picard, Reversible as Reversible
+from .solvers import (
+    Anderson as Anderson,
+    Broyden as Broyden,
+    Picard as Picard,
+    Reversible as Reversible,
+)
 
 __version__ = "0.1.0"

@@ -141,11 +141,73 @@ def zeros_like(x: PyTree) -> PyTree:
 
     return jtu.tree_map(leaf, x)
 
-
-def stack_of_zeros(row: PyTree, length: int) -> PyTree:
-    """Zeros for `length` copies of `row` along a new first axis, sharded as it is."""
+def stack_of_zeros(row: PyTree, length: int, axis: int = 0) -> PyTree:
+    """Zeros for `length` copies of `row` along a new axis, sharded as it is."""
 
     def leaf(a: Array) -> Array:
-        return jnp.broadcast_to(jnp.zeros_like(a)[None], (length, *a.shape))
+        shape = (*a.shape[:axis], length, *a.shape[axis:])
+        return jnp.broadcast_to(jnp.expand_dims(jnp.zeros_like(a), axis), shape)
 
     return jtu.tree_map(leaf, row)
+
+
+# Rings: `length` vectors like x, behind the axes of the batch. A vector is one axis
+# where it can be, since XLA then reads it in place for a matrix-vector product.
+
+
+def _flat(a: Array, batch_ndim: int) -> Array:
+    spec = getattr(jax.typeof(a).sharding, "spec", ())
+    if a.ndim <= batch_ndim + 1 or any(s is not None for s in spec[batch_ndim:]):
+        return a
+    return a.reshape((*a.shape[:batch_ndim], -1)) if a.size else a
+
+
+def ring(x: PyTree, length: int, batch_ndim: int = 0) -> PyTree:
+    """A ring of zeros for `length` vectors like x."""
+    flat = jtu.tree_map(lambda a: _flat(a, batch_ndim), x)
+    return stack_of_zeros(flat, length, batch_ndim)
+
+
+def enter(rows: PyTree, x: PyTree, slot: Array, batch_ndim: int = 0) -> PyTree:
+    """The ring with x in a slot, and 0 for what of it is not finite."""
+
+    def leaf(a: Array, b: Array) -> Array:
+        b = _flat(b, batch_ndim).astype(a.dtype)
+        b = jnp.where(jnp.isfinite(b), b, 0)
+        return lax.dynamic_update_index_in_dim(a, b, slot, batch_ndim)
+
+    return jtu.tree_map(leaf, rows, x)
+
+
+def dots(rows: PyTree, x: PyTree, batch_ndim: int = 0) -> Reals:
+    """⟨rowᵢ, x⟩ per problem, (*batch, length), accumulated in at least float32."""
+    batch = tuple(range(batch_ndim))
+
+    def leaf(a: Array, b: Array) -> Reals:
+        b = _flat(b, batch_ndim).astype(a.dtype)
+        inner = tuple(range(batch_ndim + 1, a.ndim)), tuple(range(batch_ndim, b.ndim))
+        return lax.dot_general(
+            a,
+            b,
+            (inner, (batch, batch)),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=wide(a.dtype),
+        )
+
+    return total(jtu.tree_leaves(jtu.tree_map(leaf, rows, x)))
+
+
+def combine(weights: Reals, rows: PyTree, like: PyTree, batch_ndim: int = 0) -> PyTree:
+    """Σᵢ weightsᵢ rowᵢ per problem, in the shapes of `like` and at least float32."""
+
+    def leaf(a: Array, b: Array) -> Array:
+        dtype = wide(a.dtype)
+        # Term by term, so that it becomes one pass together with what it is added to.
+        terms = [
+            expand(weights[..., i].astype(dtype), row) * row.astype(dtype)
+            for i in range(weights.shape[-1])
+            for row in [lax.index_in_dim(a, i, batch_ndim, keepdims=False)]
+        ]
+        return ft.reduce(operator.add, terms).reshape(b.shape)
+
+    return jtu.tree_map(leaf, rows, like)

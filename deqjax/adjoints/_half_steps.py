@@ -290,7 +290,8 @@ class HalfStepLoop(SolverLoop):
         x = self.calculus.decode(last.a, self.unit, y0)
         progress = solver.observe_last(last.progress, x, last.f)
         count = jnp.zeros_like(progress.num_steps) + steps
-        progress = eqx.tree_at(lambda p: p.num_steps, progress, count)
+        counts = progress.counts.at[..., 0].set(count)
+        progress = eqx.tree_at(lambda p: p.counts, progress, counts)
         last = eqx.tree_at(lambda c: c.progress, last, progress)
         return last, steps, (last.a, last.b), count
 

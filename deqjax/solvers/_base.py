@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .. import _tree
 from .._types import Aux, Counts, Flags, Options, Reals, State, Tolerance, Y
@@ -18,27 +18,20 @@ from .._types import Aux, Counts, Flags, Options, Reals, State, Tolerance, Y
 class Progress(eqx.Module):
     """The best evaluated iterate of each problem, and how its solve stands.
 
+    What is a number per problem is kept in two arrays, so that bringing it up to date
+    takes two small kernels, and not one for each number.
+
     Attributes:
         value: the best iterate seen (smallest residual), or the converged one.
         aux: what the map returned beside its value there.
-        residual: ‖f(value) − value‖₂.
-        norm: ‖f(value)‖₂.
-        last_residual: the residual of the iterate evaluated last.
-        converged: the stopping rule holds at `value`.
-        failed: the iteration met a residual that is not finite and cannot go on.
-        num_steps: steps taken while the problem was active.
-        best_step: steps that lead from the start to `value`.
+        sizes: `residual`, `norm` and `last_residual`.
+        counts: `num_steps`, `best_step`, and 0 or 1 for `converged` and `failed`.
     """
 
     value: PyTree
     aux: PyTree
-    residual: Reals
-    norm: Reals
-    last_residual: Reals
-    converged: Flags
-    failed: Flags
-    num_steps: Counts
-    best_step: Counts
+    sizes: Float[Array, "*batch 3"]
+    counts: Int[Array, "*batch 4"]
 
     @staticmethod
     def start(value: PyTree, z: PyTree, aux_struct: PyTree, batch_ndim: int):
@@ -56,12 +49,45 @@ class Progress(eqx.Module):
         # Made from the norm of z, not from its shape: on a mesh with explicit axes
         # this gives the record the sharding of the batch.
         zero = jnp.zeros_like(_tree.norm(z, batch_ndim))
-        no = jnp.zeros_like(zero, dtype=bool)
-        nan = jnp.full_like(zero, jnp.nan)
-        count = jnp.zeros_like(zero, dtype=jnp.int32)
-        return Progress(
-            value, _tree.zeros_like(aux_struct), nan, nan, nan, no, no, count, count
-        )
+        nan, count = jnp.full_like(zero, jnp.nan), zero.astype(jnp.int32)
+        aux = _tree.zeros_like(aux_struct)
+        sizes, counts = jnp.stack([nan] * 3, -1), jnp.stack([count] * 4, -1)
+        return Progress(value, aux, sizes, counts)
+
+    @property
+    def residual(self) -> Reals:
+        """‖f(value) − value‖₂."""
+        return self.sizes[..., 0]
+
+    @property
+    def norm(self) -> Reals:
+        """‖f(value)‖₂."""
+        return self.sizes[..., 1]
+
+    @property
+    def last_residual(self) -> Reals:
+        """The residual of the iterate evaluated last."""
+        return self.sizes[..., 2]
+
+    @property
+    def num_steps(self) -> Counts:
+        """Steps taken while the problem was active."""
+        return self.counts[..., 0]
+
+    @property
+    def best_step(self) -> Counts:
+        """Steps that lead from the start to `value`."""
+        return self.counts[..., 1]
+
+    @property
+    def converged(self) -> Flags:
+        """The stopping rule holds at `value`."""
+        return self.counts[..., 2] > 0
+
+    @property
+    def failed(self) -> Flags:
+        """The iteration met a residual that is not finite and cannot go on."""
+        return self.counts[..., 3] > 0
 
     def active(self, options: Options) -> Flags:
         """Which problems may take another step."""
@@ -121,7 +147,8 @@ class AbstractSolver(
 
     def passes(self, residual: Reals, norm: Reals) -> Flags:
         """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true)."""
-        assert self.rtol is not None and self.atol is not None
+        if self.rtol is None or self.atol is None:
+            return jnp.zeros_like(norm, dtype=bool)
         tol = self.atol + self.rtol * norm
         return (residual <= tol) & jnp.isfinite(norm)
 
@@ -134,7 +161,7 @@ class AbstractSolver(
         f: PyTree,
         aux: PyTree,
         *,
-        recovers: bool = False,
+        recovers: bool | Flags = False,
     ) -> Progress:
         """Enter an evaluation f = fn(z) of the active problems into the record.
 
@@ -149,17 +176,27 @@ class AbstractSolver(
         converged = self.passes(residual, norm) & (progress.num_steps >= self.min_steps)
         improved = first | (finite & ~(progress.residual <= residual)) | converged
         take = active & improved
-        return Progress(
-            value=_tree.where(take, value, progress.value),
-            aux=_tree.where(take, aux, progress.aux),
-            residual=jnp.where(take, residual, progress.residual),
-            norm=jnp.where(take, norm, progress.norm),
-            last_residual=jnp.where(active, residual, progress.last_residual),
-            converged=progress.converged | (active & converged),
-            failed=progress.failed | (active & ~finite & (not recovers)),
-            num_steps=progress.num_steps + active.astype(jnp.int32),
-            best_step=jnp.where(take, progress.num_steps, progress.best_step),
+        failed = active & ~finite & ~jnp.asarray(recovers)
+        old = progress
+        sizes = jnp.stack(
+            [
+                jnp.where(take, residual, old.residual),
+                jnp.where(take, norm, old.norm),
+                jnp.where(active, residual, old.last_residual),
+            ],
+            -1,
         )
+        counts = jnp.stack(
+            [
+                old.num_steps + active.astype(jnp.int32),
+                jnp.where(take, old.num_steps, old.best_step),
+                (old.converged | (active & converged)).astype(jnp.int32),
+                (old.failed | failed).astype(jnp.int32),
+            ],
+            -1,
+        )
+        value = _tree.where(take, value, old.value)
+        return Progress(value, _tree.where(take, aux, old.aux), sizes, counts)
 
     def verdict(self, progress: Progress) -> tuple[Array, optx.RESULTS]:
         """Whether all problems are done, and with what result."""

@@ -205,8 +205,8 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
             pair = half(pair, f)
             f, aux = fn(pair[0][1], args)
             progress = self.observe_last(progress, pair[0][1], f)
-            count = progress.num_steps + 1
-            progress = eqx.tree_at(lambda p: p.num_steps, progress, count)
+            counts = progress.counts.at[..., 0].add(1)
+            progress = eqx.tree_at(lambda p: p.counts, progress, counts)
             pair = half(pair, f)
             num_evals = state.num_evals + 2
         else:
@@ -258,11 +258,9 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         """Note the residual of x, evaluated last, in a static loop."""
         x, f = lax.stop_gradient((x, f))
         residual = _tree.norm(_tree.subtract(f, x), self.batch_ndim)
-        return eqx.tree_at(
-            lambda p: (p.residual, p.last_residual, p.norm),
-            progress,
-            (residual, residual, _tree.norm(f, self.batch_ndim)),
-        )
+        norm = _tree.norm(f, self.batch_ndim)
+        sizes = jnp.stack([residual, norm, residual], -1)
+        return eqx.tree_at(lambda p: p.sizes, progress, sizes)
 
     def terminate(
         self,
