@@ -24,8 +24,8 @@ Memory = TypeVar("Memory")
 
 # A residual this many times the smallest one seen is a step gone astray, …
 GROWTH = 1e2
-# … and so are this many steps (and twice the history) without a new smallest one.
-PATIENCE = 10
+# … and so are this many steps times the history without a new smallest one.
+PATIENCE = 3
 # After a setback the iterate is at this part of the way from the best to the stray one,
 # and the steps from there are shorter by the same factor.
 RETREAT = 0.25
@@ -125,7 +125,7 @@ class AbstractAccelerated(
     def _sound(self, progress: Progress) -> Flags:
         """Whether the evaluation entered last is one to go on from."""
         idle = progress.num_steps - 1 - progress.best_step
-        patience = max(PATIENCE, 2 * self.history)
+        patience = PATIENCE * self.history
         return (progress.last_residual <= GROWTH * progress.residual) & (
             (idle == 0) | (idle % patience != 0)
         )

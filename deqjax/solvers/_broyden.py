@@ -67,6 +67,8 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         new = index % m
         here, next_ = slots == new, slots == (new + 1) % m
         back = new - slots
+        # A full memory is emptied: better than to let the oldest step drop out.
+        age = jnp.where(age > 0, age % (m + 1), 0)
         valid = jnp.where(back < 0, back + m, back) < age[..., None]
         sigma = jnp.where(age > 0, memory.scale, damping)
         r = _tree.subtract(f, y)
