@@ -124,10 +124,11 @@ def test_a_budget_limits_their_iteration():
     assert error(sol.value, helpers.picard(p, 3)[-1]) <= 1e-6
 
 
-def test_recording_needs_our_solvers():
+def test_recording_in_their_entry_point_needs_our_solvers():
     p = problem("tanh")
+    options = {"record": True}
     with pytest.raises(ValueError, match=r"record.*FixedPointIteration"):
-        deqjax.fixed_point(p.fn, p.z0, p.args, solver=THEIRS, options={"record": True})
+        optx.fixed_point(p.fn, THEIRS, p.z0, p.args, options, adjoint=EXACT)
 
 
 # --- our adjoint and linear solver for their problems ---------------------------------
