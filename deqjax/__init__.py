@@ -9,6 +9,10 @@ from .adjoints import (
     ReversibleAdjoint as ReversibleAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )
-from .solvers import Picard as Picard, Reversible as Reversible
+from .solvers import (
+    NewtonKrylov as NewtonKrylov,
+    Picard as Picard,
+    Reversible as Reversible,
+)
 
 __version__ = "0.1.0"

@@ -128,7 +128,8 @@ class SolverLoop:
                 "`max_steps` is None; give a number of steps, or tolerances."
             )
         budget = self.inputs.options.get("step_budget")
-        if budget is None and max_steps <= UNROLL and self.checkpoints is None:
+        short = max_steps <= UNROLL and self.inputs.solver.unrolls
+        if budget is None and short and self.checkpoints is None:
             final = init
             for _ in range(max_steps):
                 final = body(final)

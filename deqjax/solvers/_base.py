@@ -93,6 +93,9 @@ class AbstractSolver(
     # Of the stopping rule; optimistix asks every solver for it.
     norm: ClassVar[Callable[[PyTree], Array]] = staticmethod(optx.two_norm)
 
+    # Whether static loops of few steps are unrolled; not where a step has a loop itself.
+    unrolls: ClassVar[bool] = True
+
     known_options: ClassVar[frozenset[str]] = frozenset({"step_budget", "record"})
 
     def __check_init__(self):
@@ -121,7 +124,8 @@ class AbstractSolver(
 
     def passes(self, residual: Reals, norm: Reals) -> Flags:
         """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true)."""
-        assert self.rtol is not None and self.atol is not None
+        if self.rtol is None or self.atol is None:
+            return jnp.zeros_like(norm, dtype=bool)
         tol = self.atol + self.rtol * norm
         return (residual <= tol) & jnp.isfinite(norm)
 
@@ -134,7 +138,7 @@ class AbstractSolver(
         f: PyTree,
         aux: PyTree,
         *,
-        recovers: bool = False,
+        recovers: bool | Flags = False,
     ) -> Progress:
         """Enter an evaluation f = fn(z) of the active problems into the record.
 
@@ -156,7 +160,7 @@ class AbstractSolver(
             norm=jnp.where(take, norm, progress.norm),
             last_residual=jnp.where(active, residual, progress.last_residual),
             converged=progress.converged | (active & converged),
-            failed=progress.failed | (active & ~finite & (not recovers)),
+            failed=progress.failed | (active & ~finite & ~jnp.asarray(recovers)),
             num_steps=progress.num_steps + active.astype(jnp.int32),
             best_step=jnp.where(take, progress.num_steps, progress.best_step),
         )
