@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
-from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
@@ -24,7 +23,7 @@ _FIRST = 0.1
 _GAMMA = 0.9
 _GUARD = 0.1
 _LOOSEST = 0.9
-# Sufficient decrease, and the parts of a step that the next trial may have (ibid., INB).
+# Sufficient decrease, and the part of a step that the next trial may have (ibid.).
 _DECREASE = 1e-4
 _SHORTEST, _LONGEST = 0.1, 0.5
 # A search that has come down to this has failed.
@@ -91,8 +90,9 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
 
     **Converges** quadratically near a fixed point where I − J is nonsingular, f being
     smooth there, whether or not f contracts. **Fails** visibly otherwise:
-    `nonlinear_max_steps_reached` in a local minimum of ‖f(z) − z‖, `nonfinite` where
-    even half a Picard step is not finite. f needs forward mode: one with a
+    `nonlinear_max_steps_reached` in a local minimum of ‖f(z) − z‖, which a map far from
+    a contraction may have many of, `nonfinite` where even half a Picard step is not
+    finite. f needs forward mode: one with a
     `jax.custom_vjp` has none.
 
     Differentiate it by `ImplicitAdjoint` or another implicit rule; its steps cannot be
@@ -206,11 +206,15 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         direction, linear, products = self._newton(
             push, y, _tree.where(start, residual, _tree.zeros_like(residual)), forcing
         )
-        new = _Search(y, residual, size, direction, linear, size, forcing, start)
-        new = eqx.tree_at(
-            lambda s: (s.length, s.plain),
-            new,
-            (jnp.ones_like(size), jnp.zeros_like(start)),
+        new = _Search(
+            base=y,
+            residual=residual,
+            size=size,
+            direction=direction,
+            linear=linear,
+            length=jnp.ones_like(size),
+            forcing=forcing,
+            plain=jnp.zeros_like(start),
         )
         search = _tree.where(start, new, _shortened(search, size, retry))
         z = _trial(search)
@@ -245,8 +249,9 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
             moved = push(jtu.tree_map(lambda a, b: a.astype(b.dtype), v, y))
             return _tree.subtract(v, moved)
 
-        solver = GMRES(batch_ndim=k) if self.linear_solver is None else None
-        solver = self.linear_solver if solver is None else solver
+        solver = self.linear_solver
+        if solver is None:
+            solver = GMRES(batch_ndim=k)
         if isinstance(solver, GMRES) and solver.rtol is None:
             solver = eqx.tree_at(
                 lambda s: s.rtol, solver, forcing, is_leaf=lambda x: x is None
@@ -316,8 +321,8 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
 
 
 _UNROLLED = (
-    "`NewtonKrylov` cannot be differentiated through its steps: how well each system is "
-    "solved, and how far each step goes, is decided by tests. Use "
+    "`NewtonKrylov` cannot be differentiated through its steps: how well each system "
+    "is solved, and how far each step goes, is decided by tests. Use "
     "`deqjax.ImplicitAdjoint`, or another implicit rule."
 )
 

@@ -180,6 +180,8 @@ def test_without_tolerances_all_steps_are_taken(name, steps):
 @solvers
 @lengths
 def test_a_budget_limits_the_steps_without_another_compilation(name, steps):
+    if name == "newton" and steps < 8:
+        pytest.skip("never unrolled")
     p, traces = problem("tanh"), []
     p = p._replace(z0=p.z0 + 0.3)
 
