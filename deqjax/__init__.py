@@ -12,6 +12,7 @@ from .adjoints import (
 from .solvers import (
     Anderson as Anderson,
     Broyden as Broyden,
+    NewtonKrylov as NewtonKrylov,
     Picard as Picard,
     Reversible as Reversible,
 )

@@ -12,8 +12,9 @@ from jaxtyping import Array, PyTree
 
 from ._fold import fold
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint
-from .solvers import Picard, Reversible
+from .solvers import Anderson, Reversible
 from .solvers._base import AbstractSolver, check_count
+from .solvers._foreign import KINDS, Foreign, adapt
 
 
 def fixed_point(
@@ -41,8 +42,10 @@ def fixed_point(
         z0: the initial iterate: a pytree of real floating-point arrays. `fn` must
             return the same structure, shapes and dtypes.
         args: any pytree, passed through to `fn`.
-        solver: a deqjax solver, or any fixed-point solver of optimistix. Default:
-            `deqjax.Picard()`.
+        solver: a deqjax solver, or any fixed-point solver, root finder, least-squares
+            solver or minimiser of optimistix. Those run on f(z) − z or ½‖f(z) − z‖²
+            until they say so *and* f(z) − z is within their own tolerances; the
+            gradient is that of the fixed point. Default: `deqjax.Anderson()`.
         adjoint: how gradients are computed. Default: `deqjax.ReversibleAdjoint()` for a
             `deqjax.Reversible` solver, else `deqjax.ImplicitAdjoint()`.
         max_steps: most steps of the solver; the number of steps of a solve with
@@ -52,7 +55,8 @@ def fixed_point(
             says so in `sol.result`; the compiled program then never calls the host.
         options: `{"step_budget": n}`: take at most n steps, n being an integer that may
             be traced, so that changing it does not recompile; `{"record": True}`: add
-            `residual_history`.
+            `residual_history`. The other entries that a solver of optimistix takes
+            (`lower` and `upper`, say) are passed on to it.
         tags: lineax tags for the structure of J − I, for the implicit adjoint.
 
     Returns:
@@ -61,11 +65,13 @@ def fixed_point(
         test, stayed finite); `state`; and `stats`:
 
         - `num_steps`, `max_steps`;
-        - `num_evals`: the exact number of evaluations of `fn` in the solve;
+        - `num_evals`: the exact number of evaluations of `fn` in the solve (deqjax
+          solvers alone: optimistix does not count those of its own);
         - `residual`: ‖fn(value) − value‖₂ per problem, and `relative_residual`, that
           over ‖fn(value)‖₂; of the iterate evaluated last for a solve without a test;
         - `converged` per problem;
-        - `residual_history`, if recorded: shape (max_steps, *batch), NaN after the end.
+        - `residual_history`, if recorded: shape (max_steps, *batch), NaN after the end;
+          for a solver of optimistix, of the points whose evaluation it hands out.
 
     Raises:
         ValueError, TypeError: if an argument is not valid, or if `fn` does not return
@@ -80,11 +86,12 @@ def fixed_point(
         >>> bool(jnp.allclose(sol.value, f(sol.value, a), atol=1e-3))
         True
     """
-    solver = Picard() if solver is None else solver
+    solver = Anderson() if solver is None else solver
     if adjoint is None:
         reversible = isinstance(solver, Reversible)
         adjoint = ReversibleAdjoint() if reversible else ImplicitAdjoint()
     _check(fn, solver, adjoint, max_steps)
+    solver = adapt(solver)
     options = _canonical_options(solver, options)
     z0 = jtu.tree_map_with_path(_canonical_leaf, z0)
     if not jtu.tree_leaves(z0):
@@ -121,7 +128,7 @@ def _solve(
     # The user's Python code runs once, here; all else works on what it traced to.
     rest, kept, (struct, _) = fold(pair, z0, args)
     _check_output(jax.eval_shape(lambda: z0), struct)
-    return optx.fixed_point(
+    sol = optx.fixed_point(
         rest,
         solver,
         z0,
@@ -130,18 +137,24 @@ def _solve(
         has_aux=True,
         max_steps=max_steps,
         adjoint=adjoint,
-        throw=throw,
+        throw=False,
         tags=tags,
     )
+    if isinstance(solver, Foreign):
+        sol = solver.judged(sol)
+    if throw:
+        sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
+    return sol
 
 
 def _check(fn: Any, solver: Any, adjoint: Any, max_steps: Any) -> None:
     if not callable(fn):
         raise TypeError(f"`fn` must be callable; got {type(fn).__name__}.")
-    if not isinstance(solver, optx.AbstractFixedPointSolver):
+    if not isinstance(solver, KINDS):
         raise TypeError(
-            "`solver` must be a deqjax solver or a fixed-point solver of optimistix "
-            f"(an instance, not the class); got {solver!r}."
+            "`solver` must be a deqjax solver, or a fixed-point solver, root finder, "
+            "least-squares solver or minimiser of optimistix (an instance, not the "
+            f"class); got {solver!r}."
         )
     if not isinstance(adjoint, optx.AbstractAdjoint):
         raise TypeError(

@@ -23,6 +23,9 @@ SOLVERS: dict[str, Callable[..., Any]] = {
     "picard": deqjax.Picard,
     "damped": ft.partial(deqjax.Picard, beta=0.7),
     "reversible": ft.partial(deqjax.Reversible, arithmetic="float"),
+    "anderson": deqjax.Anderson,
+    "broyden": deqjax.Broyden,
+    "newton": deqjax.NewtonKrylov,
     "exact": ft.partial(deqjax.Reversible, arithmetic="exact"),
 }
 
@@ -310,8 +313,8 @@ class Counter:
         jax.effects_barrier()
         return len(self._pulls)
 
-    def wrap(self, fn: Callable) -> Callable:
-        """`fn`, counted."""
+    def wrap(self, fn: Callable, *, pulls: bool = True) -> Callable:
+        """`fn`, counted; where pull-backs are, it has no forward mode."""
 
         @jax.custom_vjp
         def seen(z):
@@ -326,6 +329,6 @@ class Counter:
 
         def counted(z, args):
             jax.debug.callback(lambda: self._evaluations.append(1))
-            return fn(seen(z), args)
+            return fn(seen(z) if pulls else z, args)
 
         return counted

@@ -150,7 +150,7 @@ def test_without_throw_the_result_says_so():
         ({"fn": lambda z, _: z, "has_aux": True}, ValueError, r"pair `\(z, aux\)`"),
         ({"max_steps": 0}, ValueError, "`max_steps`.*≥ 1.*0"),
         ({"solver": deqjax.Picard}, TypeError, "`solver`.*instance"),
-        ({"solver": optx.Newton(1e-3, 1e-3)}, TypeError, "`solver`"),
+        ({"solver": optx.Newton}, TypeError, "`solver`.*root finder.*instance"),
         ({"options": {"budget": 3}}, ValueError, r"`options`.*\['budget'\].*Picard"),
         ({"options": {"step_budget": 1.5}}, ValueError, "step_budget.*integer.*1.5"),
         (

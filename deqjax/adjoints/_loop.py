@@ -22,6 +22,7 @@ from .._upstream import (
     while_loop,
 )
 from ..solvers._base import AbstractSolver
+from ..solvers._foreign import Foreign
 
 # Loops of static length up to this one are unrolled: XLA schedules across the steps,
 # and on the CPU a convolution's input gradient is about 20 times slower inside a loop.
@@ -127,7 +128,8 @@ class SolverLoop:
                 "`max_steps` is None; give a number of steps, or tolerances."
             )
         budget = self.inputs.options.get("step_budget")
-        if budget is None and max_steps <= UNROLL and self.checkpoints is None:
+        short = max_steps <= UNROLL and self.inputs.solver.unrolls
+        if budget is None and short and self.checkpoints is None:
             final = init
             for _ in range(max_steps):
                 final = body(final)
@@ -176,10 +178,10 @@ class SolverLoop:
         solver = self.inputs.solver
         if not self.inputs.options.get("record", False):
             return None
-        if not isinstance(solver, AbstractSolver):
+        if not isinstance(solver, AbstractSolver | Foreign):
             raise ValueError(
-                '`options={"record": True}` needs a deqjax solver; got '
-                f"{type(solver).__name__}."
+                '`options={"record": True}` needs `deqjax.fixed_point` or a deqjax '
+                f"solver; got {type(solver).__name__}."
             )
         if max_steps is None:
             raise ValueError('`options={"record": True}` needs a finite `max_steps`.')

@@ -20,7 +20,8 @@ def solve(p, solver, **kwargs):
 
 @solvers
 def test_problems_of_a_batch_are_solved_as_if_alone(name):
-    p = batched()
+    # One is a constant map: Newton's method takes as many steps for the others.
+    p = batched(gains=(0.0, 0.6, 0.85, 0.95))
     whole = solve(p, SOLVERS[name](1e-4, 1e-6, batch_ndim=1), max_steps=100)
     assert whole.result == OK
     steps = [int(n) for n in whole.stats["num_steps"]]

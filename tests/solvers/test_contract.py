@@ -120,7 +120,8 @@ def test_tolerances_may_be_traced(name):
 @solvers
 def test_every_evaluation_is_counted(name):
     p, counter = problem("tanh"), helpers.Counter()
-    fn = counter.wrap(p.fn)
+    # Newton's method needs forward mode.
+    fn = counter.wrap(p.fn, pulls=name != "newton")
 
     def count(solver, **kwargs):
         counter.reset()
@@ -179,6 +180,8 @@ def test_without_tolerances_all_steps_are_taken(name, steps):
 @solvers
 @lengths
 def test_a_budget_limits_the_steps_without_another_compilation(name, steps):
+    if name == "newton" and steps < 8:
+        pytest.skip("never unrolled")
     p, traces = problem("tanh"), []
     p = p._replace(z0=p.z0 + 0.3)
 
@@ -243,6 +246,8 @@ def test_residuals_are_recorded_per_problem(name, steps):
 @pytest.mark.parametrize("tol", [1e-4, None], ids=["tested", "static"])
 def test_nan_and_overflow_are_never_success(name, tol):
     for fn in (lambda z, _: z * jnp.nan, lambda z, _: 100 * z + 1):
+        if name == "newton" and fn(1.0, None) == 101:
+            continue  # which it solves
         solver = SOLVERS[name](tol, tol)
         sol = deqjax.fixed_point(fn, jnp.ones(3), solver=solver, max_steps=60)
         if bool(sol.stats.get("overflow", False)):
@@ -253,7 +258,7 @@ def test_nan_and_overflow_are_never_success(name, tol):
         assert not bool(sol.stats["converged"])
 
 
-@solvers
+@pytest.mark.parametrize("name", [n for n in SOLVERS if n != "newton"])
 def test_a_solve_that_did_not_converge_returns_the_best_iterate(name, x64):
     # Expands about its fixed point, so that the first iterate is the best.
     fn = lambda z, x: -2 * z + x
