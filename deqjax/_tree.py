@@ -141,6 +141,7 @@ def zeros_like(x: PyTree) -> PyTree:
 
     return jtu.tree_map(leaf, x)
 
+
 def stack_of_zeros(row: PyTree, length: int, axis: int = 0) -> PyTree:
     """Zeros for `length` copies of `row` along a new axis, sharded as it is."""
 

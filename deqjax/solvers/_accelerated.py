@@ -13,7 +13,6 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from .. import _tree
@@ -107,15 +106,11 @@ class AbstractAccelerated(
         before = state.progress.active(options)
         recovers = (state.progress.num_steps > 0) & (setbacks < SETBACKS)
         damping = RETREAT ** setbacks.astype(state.progress.sizes.dtype)
-        progress = self.observe(
-            state.progress, before, y, y, f, aux, recovers=recovers
-        )
+        progress = self.observe(state.progress, before, y, y, f, aux, recovers=recovers)
         sound = self._sound(progress)
         age = jnp.where(sound, age, -1)
         proposal, memory = self.propose(y, f, state.memory, state.index, age, damping)
-        y = self._choose(
-            progress.active(options), sound, proposal, y, progress.value
-        )
+        y = self._choose(progress.active(options), sound, proposal, y, progress.value)
         # A new best iterate makes good one setback.
         improved = progress.best_step == progress.num_steps - 1
         made_good = jnp.maximum(setbacks - improved.astype(jnp.int32), 0)
@@ -130,9 +125,7 @@ class AbstractAccelerated(
             (idle == 0) | (idle % patience != 0)
         )
 
-    def _choose(
-        self, active: Flags, sound: Flags, proposal: Y, y: Y, best: Y
-    ) -> Y:
+    def _choose(self, active: Flags, sound: Flags, proposal: Y, y: Y, best: Y) -> Y:
         def leaf(new: Array, old: Array, best: Array) -> Array:
             back = best + RETREAT * (old - best)
             back = jnp.where(jnp.isfinite(back), back, best)
@@ -187,15 +180,3 @@ class AbstractAccelerated(
 
     def steps_taken(self, state: AcceleratedState[Memory]) -> Counts:
         return state.progress.num_steps
-
-
-def turn(x: Array, slot: Array, axis: int = -1) -> Array:
-    """From the order of slots to that of ages, newest first; and back.
-
-    Entry a of the result is entry (slot − a) mod m of x.
-    """
-    m = x.shape[axis]
-    back = jnp.flip(x, axis)
-    return lax.dynamic_slice_in_dim(
-        jnp.concatenate([back, back], axis), m - 1 - slot, m, axis
-    )
