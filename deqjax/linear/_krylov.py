@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._types import Counts, Flags, Reals
+from ._base import System
 
 # A cycle that leaves more than this part of the residual has stagnated.
 _STAGNATION = 0.999
@@ -44,6 +45,7 @@ class Progress(eqx.Module):
     before: Reals
     converged: Flags
     failed: Flags
+    stuck: Flags
     products: Array
 
 
@@ -52,15 +54,8 @@ class Cycles(eqx.Module):
 
     batch_ndim: int
 
-    def begin(
-        self,
-        b: PyTree,
-        guess: PyTree,
-        trivial: Flags,
-        bad: Flags,
-        cycle: int,
-        at_zero: bool,
-    ) -> Progress:
+    def begin(self, system: System, cycle: int) -> Progress:
+        trivial, b, at_zero = system.trivial, system.b, system.at_zero
         shape = trivial.shape
         one = jnp.ones_like(_tree.norm(b, self.batch_ndim))
         dtype = one.dtype
@@ -82,11 +77,12 @@ class Cycles(eqx.Module):
         )
         return Progress(
             krylov=krylov,
-            solution=guess,
+            solution=system.guess,
             residual=one,
             before=jnp.full_like(one, jnp.inf),
-            converged=trivial & ~bad,
-            failed=bad,
+            converged=trivial & ~system.bad,
+            failed=system.bad,
+            stuck=jnp.zeros_like(trivial),
             products=jnp.array(0, jnp.int32),
         )
 
@@ -99,9 +95,9 @@ class Cycles(eqx.Module):
         pending = ~(carry.converged | carry.failed)
         finite = jnp.isfinite(size)
         # Only b, and what came before, say how far a cycle has got.
-        stuck = size > _STAGNATION * carry.before
         done = pending & finite & (size <= tol)
-        lost = pending & (~finite | (stuck & ~done))
+        stuck = pending & finite & ~done & (size > _STAGNATION * carry.before)
+        lost = stuck | (pending & ~finite)
         live = pending & ~done & ~lost
         first = _tree.scale(jnp.where(live, 1 / jnp.where(live, size, 1), 0), residual)
         first = _tree.where(live, first, _tree.zeros_like(first))
@@ -122,6 +118,7 @@ class Cycles(eqx.Module):
             before=jnp.where(live, size, carry.before),
             converged=carry.converged | done,
             failed=carry.failed | lost,
+            stuck=carry.stuck | stuck,
             products=carry.products + 1,
         )
         return carry, first
@@ -183,6 +180,7 @@ class Cycles(eqx.Module):
             before=carry.before,
             converged=carry.converged | done,
             failed=carry.failed | lost,
+            stuck=carry.stuck,
             products=carry.products + 1,
         )
         return carry, vector
