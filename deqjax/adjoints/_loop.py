@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._upstream import (
+    UNROLL as UNROLL,
     Carry,
     Extras,
     Inputs,
@@ -22,10 +23,6 @@ from .._upstream import (
     while_loop,
 )
 from ..solvers._base import AbstractSolver
-
-# Loops of static length up to this one are unrolled: XLA schedules across the steps,
-# and on the CPU a convolution's input gradient is about 20 times slower inside a loop.
-UNROLL = 8
 
 
 def solve(

@@ -11,12 +11,8 @@ from jaxtyping import Array, PyTree
 from .. import _tree
 from .._checks import check_beta, check_count
 from .._types import Flags, Reals
-from .._upstream import unvmap_any
+from .._upstream import UNROLL, unvmap_any
 from ._base import AbstractIterative, Linear, Outcome, System
-
-# Series of up to this many terms are unrolled: on the CPU, the input gradient of a
-# convolution is about 20 times slower inside a loop.
-_UNROLL = 8
 
 
 class _Progress(eqx.Module):
@@ -104,7 +100,7 @@ class Neumann(AbstractIterative):
         return self.max_steps if self.num_terms is None else self.num_terms
 
     def iterate(self, system: System) -> Outcome:
-        correct = lambda x, r: _add(self.beta, x, system.precondition(r))
+        correct = lambda x, r: add(self.beta, x, system.precondition(r))
         if self.num_terms is None:
             return self._until(system, correct)
         start = None if system.at_zero else system.guess
@@ -177,7 +173,7 @@ def series(
     if x is None:
         x, left = correct(_tree.zeros_like(b), b), num_terms - 1
     step = lambda x: correct(x, _tree.subtract(b, product(x)))
-    if num_terms <= _UNROLL:
+    if num_terms <= UNROLL:
         for _ in range(left):
             x = step(x)
     else:
@@ -185,7 +181,9 @@ def series(
     return x, left
 
 
-def _add(beta: float | Array, x: PyTree, r: PyTree) -> PyTree:
+def add(beta: float | Array, x: PyTree, r: PyTree) -> PyTree:
+    """x + β r, in the dtype of x."""
+
     def leaf(a: Array, d: Array) -> Array:
         return a + jnp.asarray(beta, a.dtype) * d.astype(a.dtype)
 
