@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import PyTree
 
 
@@ -25,3 +26,8 @@ def none_like(x: PyTree) -> PyTree:
 def floating(x: PyTree) -> PyTree:
     """The leaves that have derivatives."""
     return eqx.filter(x, eqx.is_inexact_array)
+
+
+def constant(x: PyTree) -> PyTree:
+    """x, whose arrays have no derivative."""
+    return jtu.tree_map(lambda t: lax.stop_gradient(t) if eqx.is_array(t) else t, x)

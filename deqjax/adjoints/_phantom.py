@@ -15,7 +15,7 @@ from .. import _tree
 from .._checks import check_beta, check_count
 from .._types import Map
 from .._upstream import Extras, Inputs
-from ._cotangents import floating, materialise, none_like
+from ._cotangents import constant, floating, materialise, none_like
 from ._implicit import batch_ndim_of, check_fixed_point
 from ._inverse import measured
 from ._loop import UNROLL, SolverLoop, as_inputs, detach, solve
@@ -94,7 +94,7 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         named = as_inputs(inputs)
         check_fixed_point(self, named)
         theta = (named.fn, named.args, self.probe)
-        rest, beta = _constant((named._replace(fn=None, args=None), self.beta))
+        rest, beta = constant((named._replace(fn=None, args=None), self.beta))
         value, extras = _phantom(theta, rest, self.num_steps, beta, primal_fn)
         return value, tuple(detach(Extras(*extras)))
 
@@ -186,7 +186,3 @@ def _steps(
     for _ in range(count):
         z, _ = step(z, None)
     return z
-
-
-def _constant(x: PyTree) -> PyTree:
-    return jtu.tree_map(lambda t: lax.stop_gradient(t) if eqx.is_array(t) else t, x)

@@ -179,6 +179,11 @@ class AbstractSolver(
             finite, optx.RESULTS.successful, optx.RESULTS.nonfinite
         )
 
+    def steps_to_answer(self, state: State) -> Counts:
+        """The steps that lead from the start to the answer, per problem."""
+        tested: Any = state  # has its `Progress`
+        return self.steps_taken(state) if self.static else tested.progress.best_step
+
     @abc.abstractmethod
     def last_residual(self, y: Y, state: State) -> Reals:
         """The residual of the iterate evaluated last, to be recorded."""
