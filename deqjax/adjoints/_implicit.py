@@ -286,7 +286,7 @@ def _tangents(
         z, d = pull((ct, no_aux))
         return inverse.product(z, ct), d
 
-    adjoint = lambda ct: pull_residual(ct)[0]
+    adjoint = lambda ct: pull((ct, no_aux))[0]
     operator = transpose(adjoint, residual, point)
     push_theta = transpose(lambda ct: pull_residual(ct)[1], residual, point)
     push = transpose(pull_residual, residual, point)
