@@ -1,17 +1,23 @@
 """GMRES that tests the residual after every product."""
 
 import functools as ft
+from typing import TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
+from .. import _tree
 from .._checks import check_count
 from .._upstream import unvmap_any
 from ._base import AbstractIterative, Outcome, System
+from ._basis import Blocks, orthogonalise, read, write
 from ._krylov import Cycles, Progress
+
+# The solution and the basis are apart: what a `lax.cond` returns, XLA copies.
+_Carry: TypeAlias = tuple[Progress, PyTree, Blocks]
 
 
 class GMRES(AbstractIterative):
@@ -29,14 +35,15 @@ class GMRES(AbstractIterative):
     | $r_0 = b - A x_0$ | residual of the start, x₀ = 0 unless given |
 
     The norm ‖b − A x‖ is known after each product from the Givens rotations that keep
-    the Hessenberg matrix triangular, at no further product. The basis is
+    the Hessenberg matrix triangular, at no further product; where x is so large that
+    rounding errors could hide a larger one, it is computed. The basis is
     orthogonalised twice (classical Gram–Schmidt), in at least float32 around products
     of any dtype. The right-hand side is scaled to norm 1 per problem and the solution
     scaled back, so that neither a tiny nor a huge b is lost; b = 0 gives x = 0 after
     no product.
 
     **Cost:** one product per step, and one more per restart for the true residual.
-    **Memory:** `restart` + 5 copies of b in at least float32.
+    **Memory:** `restart` + 8 copies of b in at least float32.
 
     **Converges** for any nonsingular A once `restart` reaches the dimension; in
     practice in few products where A = I − J with J of small norm or few large
@@ -90,57 +97,65 @@ class GMRES(AbstractIterative):
         return 20 * self.restart if self.max_steps is None else self.max_steps
 
     def iterate(self, system: System) -> Outcome:
-        cycles = Cycles(self.batch_ndim)
+        k = self.batch_ndim
+        cycles = Cycles(k)
         cycle = min(self.restart, max(system.dimension, 1))
         max_steps = self.most_products
-        carry = cycles.begin(system, cycle)
 
-        def go_on(carry: Progress) -> Array:
+        def go_on(val: _Carry) -> Array:
+            carry, *_ = val
             pending = ~(carry.converged | carry.failed)
             return unvmap_any(jnp.any(pending)) & (carry.products < max_steps)
 
-        def body(carry: Progress) -> Progress:
-            krylov = carry.krylov
-            opening = krylov.index < 0
-            here = jtu.tree_map(
-                lambda v: lax.dynamic_index_in_dim(
-                    v, jnp.maximum(krylov.index, 0), keepdims=False
-                ),
-                krylov.basis,
-            )
-            # One product per step: of the iterate at the start of a cycle, else of
-            # the newest basis vector.
+        def body(val: _Carry) -> _Carry:
+            carry, solution, basis = val
+            opening, row = carry.krylov.index < 0, jnp.maximum(carry.krylov.index, 0)
+            # One product per step: of the iterate at the start of a cycle, which gives
+            # its residual, else of the newest basis vector.
             point = lax.cond(
-                opening, lambda: carry.solution, lambda: system.precondition(here)
-            )
-            image = system.product(point)
-            carry, new = lax.cond(
                 opening,
-                ft.partial(cycles.open, system.b, system.tol),
+                lambda: solution,
+                lambda: system.precondition(read(basis, row)),
+            )
+            image = jtu.tree_map(
+                lambda x, y: jnp.where(opening, x - y, y),
+                system.b,
+                system.product(point),
+            )
+            column, rest = orthogonalise(basis, carry.krylov.index, image, k)
+            carry, factor = lax.cond(
+                opening,
+                ft.partial(cycles.open, system.tol),
                 ft.partial(cycles.extend, system.tol),
                 carry,
-                image,
+                column,
+                _tree.norm(rest, k),
             )
-            krylov = carry.krylov
-            basis = jtu.tree_map(
-                lambda v, n: lax.dynamic_update_index_in_dim(v, n, krylov.index, 0),
-                krylov.basis,
-                new,
+            new = _tree.where(
+                factor > 0, _tree.scale(factor, rest), _tree.zeros_like(rest)
             )
-            carry = eqx.tree_at(lambda c: c.krylov.basis, carry, basis)
+            index = carry.krylov.index
+            basis = write(basis, index, new)
             pending = jnp.any(~(carry.converged | carry.failed))
-            full = krylov.index >= cycle
-            last = full | (carry.products >= max_steps) | ~unvmap_any(pending)
-            return lax.cond(
-                last,
-                ft.partial(cycles.close, system.precondition),
-                lambda carry: carry,
-                carry,
+            last = (
+                (index >= cycle) | (carry.products >= max_steps) | ~unvmap_any(pending)
             )
+            carry, solution = lax.cond(
+                last,
+                ft.partial(cycles.close, system.precondition, system.tol),
+                lambda carry, solution, _: (carry, solution),
+                carry,
+                solution,
+                basis,
+            )
+            return carry, solution, basis
 
-        final = lax.while_loop(go_on, body, carry)
+        progress, basis = cycles.begin(system, cycle)
+        final, solution, _ = lax.while_loop(
+            go_on, body, (progress, system.guess, basis)
+        )
         return Outcome(
-            solution=final.solution,
+            solution=solution,
             residual=final.residual,
             converged=final.converged,
             failed=final.failed,
