@@ -6,6 +6,8 @@ from .adjoints import (
     BackwardStats as BackwardStats,
     ImplicitAdjoint as ImplicitAdjoint,
     JFBAdjoint as JFBAdjoint,
+    NeumannAdjoint as NeumannAdjoint,
+    PhantomAdjoint as PhantomAdjoint,
     ReversibleAdjoint as ReversibleAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )

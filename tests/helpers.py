@@ -186,6 +186,8 @@ class Dense(NamedTuple):
 
     gradient: Any  # exact, by (I − J)⁻ᵀ
     jfb: Any  # with I in place of that inverse
+    by: Callable  # with any matrix in place of (I − J)⁻¹
+    terms: Callable  # the first k terms of the series for that inverse, damped
     tangent: Callable  # tangent of args (raveled) -> tangent of z* (raveled)
     jacobian: np.ndarray
 
@@ -211,9 +213,19 @@ def dense(p: Problem) -> Dense:
 
     j, b, c, direct = (np.asarray(x) for x in derivatives(flat_z, flat_a))
     a = np.eye(len(j)) - j
+
+    def by(inverse):
+        return to_a(jnp.asarray(direct + b.T @ (inverse.T @ c)))
+
+    def terms(k, beta):
+        step = (1 - beta) * np.eye(len(j)) + beta * j
+        return beta * sum(np.linalg.matrix_power(step, t) for t in range(k))
+
     return Dense(
         to_a(jnp.asarray(direct + b.T @ np.linalg.solve(a.T, c))),
-        to_a(jnp.asarray(direct + b.T @ c)),
+        by(np.eye(len(j))),
+        by,
+        terms,
         lambda t: np.linalg.solve(a, b @ np.asarray(t)),
         j,
     )

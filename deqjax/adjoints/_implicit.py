@@ -1,15 +1,14 @@
 """Gradients by the implicit function theorem, and what replaces the inverse in it.
 
-At R(z, θ) = 0 (for a fixed point R = f(z, θ) − z) the tangents satisfy
+At R(z, θ) = 0 (for a fixed point R = z − f(z, θ)) the tangents satisfy
 
     A ż = −B θ̇,        A = ∂R/∂z,  B = ∂R/∂θ .
 
-One custom JVP rule serves every adjoint of this file; they differ only in the `Inverse`
-that stands for A⁻¹. The rule is linear in θ̇ and transposable, so that forward mode,
-reverse mode and their compositions all come from it.
+One custom JVP rule serves this adjoint and those that approximate A⁻¹; they differ
+only in the `AbstractInverse` that stands for it. The rule is linear in θ̇ and
+transposable, so that forward mode, reverse mode and their compositions come from it.
 """
 
-import abc
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,82 +22,15 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._types import Flags
 from .._upstream import Extras, Inputs
 from ..linear import GMRES
 from ..solvers._base import AbstractSolver
+from ._forward_products import transpose
+from ._inverse import AbstractInverse, LinearSolve, negated
 from ._loop import SolverLoop, as_inputs, detach, solve
-from ._stats import BackwardStats
-
-Linear = Callable[[PyTree], PyTree]
-
-
-class AbstractInverse(eqx.Module):
-    """Stands for A⁻¹ in the implicit rule."""
-
-    @abc.abstractmethod
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        """Aᵀ v as this inverse inverts it, given the exact product."""
-
-    @abc.abstractmethod
-    def solve(
-        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
-    ) -> tuple[PyTree, dict[str, Any]]:
-        """x with `operator(x) = rhs`, and if asked for the entries of a probe."""
-
-
-class LinearSolve(AbstractInverse):
-    """A⁻¹ by a lineax solver, in both directions."""
-
-    solver: lx.AbstractLinearSolver
-    tags: frozenset[object]
-    on_failure: Literal["keep", "nan", "jfb"]
-    batch_ndim: int
-
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        return exact
-
-    def solve(
-        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
-    ) -> tuple[PyTree, dict[str, Any]]:
-        k = self.batch_ndim
-        # Scaled to 1 per problem: linear solvers take a small right-hand side for 0.
-        size = _tree.max_abs(rhs, k)
-        zero = size == 0
-        unit = jnp.where(zero | ~jnp.isfinite(size), 1, size)
-        scaled = _tree.scale(1 / unit, rhs)
-        sol = lx.linear_solve(
-            lx.FunctionLinearOperator(
-                operator,
-                jax.eval_shape(lambda: rhs),
-                lx.transpose_tags(self.tags) if transposed else self.tags,
-            ),
-            scaled,
-            self.solver,
-            throw=False,
-        )
-        value = sol.value
-        converged = sol.stats.get("converged", sol.result == lx.RESULTS.successful)
-        converged = zero | (converged & _tree.all_finite(value, k))
-        fallback = {
-            "keep": lambda: value,
-            "nan": lambda: jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), value),
-            "jfb": lambda: _tree.negative(scaled),
-        }[self.on_failure]()
-        value = _tree.where(converged, value, fallback)
-        value = _tree.where(zero, _tree.zeros_like(value), value)
-        entries: dict[str, Any] = {}
-        if measure:
-            residual = sol.stats.get("residual", None)
-            if residual is None:
-                residual = _tree.norm(_tree.subtract(scaled, operator(value)), k)
-            norm = _tree.norm(scaled, k)
-            entries = {
-                "residual": residual * unit,
-                "relative_residual": residual / jnp.where(norm > 0, norm, 1),
-                "num_products": sol.stats.get("num_products", None),
-                "converged": converged,
-            }
-        return _tree.scale(unit, value), entries
+from ._shield import report, safe_point, silence, silence_aux
+from ._stats import BackwardStats, check_probe
 
 
 class ImplicitAdjoint(optx.AbstractAdjoint):
@@ -115,18 +47,39 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     Forward and reverse mode, and any composition of them. The gradient of `aux` is
     exact too, from the same linearisation.
 
-    **Wrong when** z* is not a fixed point: the formula is then evaluated where it does
-    not hold, with an error of the order of the residual. See `sol.result`. A linear
-    solve that does not converge is seen in the probe, and `on_failure` says what it
-    returns. It never throws.
+    λ = (I − J)⁻ᵀ z̄ itself is the gradient with respect to a zero added to f. Given back
+    as `initial`, it spares the next backward pass most of its products:
+
+        def loss(args, zero, guess):
+            adjoint = deqjax.ImplicitAdjoint(initial=guess)
+            g = lambda z, args: f(z, args) + zero
+            return l(deqjax.fixed_point(g, z0, args, adjoint=adjoint).value)
+
+        gradient, guess = jax.grad(loss, argnums=(0, 1))(args, zero, guess)
+
+    Functions in f with a `jax.custom_vjp` of their own (fused kernels) are pulled back
+    by it. Forward mode and second derivatives then need a backward rule that JAX can
+    transpose, and say so where it cannot.
+
+    **Not converged:** where z* is not a fixed point, the formula is evaluated where it
+    does not hold, with an error of the order of the residual (`sol.result`, and
+    `forward_residual` of the probe). A backward solve that fails never throws: it shows
+    in the probe, and `on_failure` says what it returns. Of a problem whose z* or λ is
+    not finite, though what f and the loss gave it was, nothing is known: its part of
+    the gradient is 0, so that it does not spoil those of its batch-mates, and
+    `converged` is 0. (For this, f has to be finite at the start.)
 
     Args:
         linear_solver: any lineax solver; by default `deqjax.linear.GMRES` with the
             `batch_ndim` of the forward solver.
+        initial: where the linear solve of a backward pass starts, like z*: the λ of an
+            earlier one, say (see below). For solvers that take a start; it changes the
+            number of products, not the answer.
         probe: a `BackwardStats` whose gradient is the record of the backward pass.
         on_failure: what a linear solve that failed returns for the problems that did:
-            `"keep"` its best iterate, `"nan"`, or `"jfb"` (the right-hand side, as if
-            J were 0).
+            `"keep"` its best iterate, `"jfb"` the right-hand side, as if J were 0 (for
+            fixed points alone), or `"nan"`, which also lets a z* that is not finite
+            show, and spoils the gradient of what the problems share.
 
     Raises:
         ValueError, TypeError: if an argument is not of its kind.
@@ -146,6 +99,7 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     """
 
     linear_solver: lx.AbstractLinearSolver | None = None
+    initial: PyTree = eqx.field(default=None, kw_only=True)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
     on_failure: Literal["keep", "nan", "jfb"] = eqx.field(default="keep", kw_only=True)
 
@@ -157,11 +111,7 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
                 "`linear_solver` must be a lineax solver (lineax.AbstractLinearSolver) "
                 f"or None; got {type(self.linear_solver).__name__}."
             )
-        if self.probe is not None and not isinstance(self.probe, BackwardStats):
-            raise TypeError(
-                "`probe` must be a deqjax.BackwardStats or None; got "
-                f"{type(self.probe).__name__}."
-            )
+        check_probe(self.probe)
         if self.on_failure not in ("keep", "nan", "jfb"):
             raise ValueError(
                 f'`on_failure` must be "keep", "nan" or "jfb"; got {self.on_failure!r}.'
@@ -175,12 +125,57 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
         tags: frozenset[object],
     ) -> PyTree:
         named = as_inputs(inputs)
-        k = named.solver.batch_ndim if isinstance(named.solver, AbstractSolver) else 0
+        k = batch_ndim_of(named)
         linear_solver = self.linear_solver
         if linear_solver is None:
             linear_solver = GMRES(batch_ndim=k)
-        inverse = LinearSolve(linear_solver, tags, self.on_failure, k)
+        if isinstance(named.solver, optx.AbstractFixedPointSolver):
+            # Given for J − I; the system is one with I − J.
+            tags = negated(tags)
+        elif self.on_failure == "jfb":
+            raise ValueError(
+                '`on_failure="jfb"` replaces I − J by I and so needs a fixed-point '
+                f"problem; got one for {type(named.solver).__name__}. Use "
+                '"keep" or "nan".'
+            )
+        initial = self.initial
+        if initial is not None:
+            _check_like(initial, named.y0)
+            initial = lax.stop_gradient(initial)
+        inverse = LinearSolve(
+            batch_ndim=k,
+            solver=linear_solver,
+            tags=tags,
+            on_failure=self.on_failure,
+            initial=initial,
+        )
         return apply_implicit(primal_fn, rewrite_fn, named, inverse, self.probe)
+
+
+def batch_ndim_of(inputs: Inputs) -> int:
+    """The number of leading axes that index independent problems."""
+    solver = inputs.solver
+    return solver.batch_ndim if isinstance(solver, AbstractSolver) else 0
+
+
+def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: Inputs) -> None:
+    """Raise unless the problem is one in which I − J is to be inverted."""
+    if not isinstance(inputs.solver, optx.AbstractFixedPointSolver):
+        raise TypeError(
+            f"`{type(adjoint).__name__}` approximates the inverse of I − J and so "
+            f"needs a fixed-point problem; got one for {type(inputs.solver).__name__}. "
+            "Use `deqjax.fixed_point`."
+        )
+
+
+def _check_like(initial: PyTree, z: PyTree) -> None:
+    want, got = (jax.eval_shape(lambda t=t: t) for t in (z, initial))
+    if eqx.tree_equal(want, got) is not True:
+        raise ValueError(
+            "`initial`, a start for the adjoint system, must have the structure, "
+            f"shapes and dtypes of the iterate; the iterate has {want}, `initial` has "
+            f"{got}."
+        )
 
 
 def apply_implicit(
@@ -210,7 +205,7 @@ def _residual(rewrite_fn: Callable, inputs: Inputs, z: PyTree) -> tuple[PyTree, 
     """R(z) and the differentiable part of aux, from one evaluation of fn."""
     if isinstance(inputs.solver, optx.AbstractFixedPointSolver):
         f, aux = inputs.fn(z, inputs.args)
-        residual = jtu.tree_map(jnp.subtract, f, z)
+        residual = jtu.tree_map(jnp.subtract, z, f)
     elif isinstance(inputs.solver, optx.AbstractRootFinder):
         residual, aux = inputs.fn(z, inputs.args)
     else:
@@ -242,15 +237,21 @@ def _implicit_jvp(primals, tangents):
         fn, args = eqx.combine(theta, fixed)
         return _residual(rewrite_fn, inputs._replace(fn=fn, args=args), z)
 
+    at, live = value, None
+    if inverse.shields:
+        at, live = safe_point(value, inputs.y0, inverse.batch_ndim)
     # One evaluation; everything below is made of its pull-back.
-    (residual, aux), pull = jax.vjp(evaluate, value, theta)
+    (residual, aux), pull = jax.vjp(evaluate, at, theta)
+    if live is not None:
+        live = live & _tree.all_finite(residual, inverse.batch_ndim)
     t_value, t_aux = _tangents(
         inverse,
         pull,
         (residual, aux),
-        eqx.filter((value, inputs.fn, inputs.args), eqx.is_inexact_array),
+        eqx.filter((at, inputs.fn, inputs.args), eqx.is_inexact_array),
         t_theta,
         probing,
+        live,
     )
     return (value, extras), (t_value, zero_extras._replace(aux=t_aux))
 
@@ -262,6 +263,7 @@ def _tangents(
     point: PyTree,
     t_theta: PyTree,
     probe: tuple[BackwardStats, BackwardStats] | None,
+    live: Flags | None,
 ) -> tuple[PyTree, PyTree]:
     """ż and the tangent of aux, as one linear solve that is transposed by `pull`.
 
@@ -273,7 +275,8 @@ def _tangents(
 
     so that its transposed solve has all that a backward pass computes: the right-hand
     side z̄ + C_zᵀ ā, the solve with Aᵀ, and one product for the cotangent of θ. In the
-    block of the probe it returns the statistics instead of the cotangent.
+    block of the probe it returns the statistics instead of the cotangent. Problems that
+    are not live have ż = 0 and take no part.
     """
     residual, aux = outputs
     no_residual, no_aux = _tree.zeros_like(residual), _tree.zeros_like(aux)
@@ -283,11 +286,11 @@ def _tangents(
         z, d = pull((ct, no_aux))
         return inverse.product(z, ct), d
 
-    adjoint = lambda ct: pull_residual(ct)[0]
-    operator = _transpose(adjoint, residual)
-    push_theta = _transpose(lambda ct: pull_residual(ct)[1], residual)
-    push = _transpose(pull_residual, residual)
-    push_aux = _transpose(lambda ct: pull((no_residual, ct)), aux)
+    adjoint = lambda ct: pull((ct, no_aux))[0]
+    operator = transpose(adjoint, residual, point)
+    push_theta = transpose(lambda ct: pull_residual(ct)[1], residual, point)
+    push = transpose(pull_residual, residual, point)
+    push_aux = transpose(lambda ct: pull((no_residual, ct)), aux, point)
     if not jtu.tree_leaves(aux):
         push_aux = lambda _: aux
 
@@ -302,17 +305,21 @@ def _tangents(
     def solve(_: Callable, b: PyTree) -> PyTree:
         r, d, a, p = b
         rhs = jtu.tree_map(jnp.subtract, r, push_theta(d))
-        z = inverse.solve(operator, rhs, False)[0]
-        return z, d, jtu.tree_map(jnp.add, a, push_aux((z, d))), p
+        z = silence(live, inverse.solve(operator, silence(live, rhs), False)[0])
+        moved = silence_aux(live, push_aux((z, d)))
+        return z, d, jtu.tree_map(jnp.add, a, moved), p
 
     def transposed(_: Callable, ct: PyTree) -> PyTree:
         z, d, a, p = ct
+        z, a = silence(live, z), silence_aux(live, a)
         if jtu.tree_leaves(a):
             z = jtu.tree_map(jnp.add, z, pull((no_residual, a))[0])
         adjoint_state, entries = inverse.solve(adjoint, z, True, stats is not None)
         _, moved = pull((_tree.negative(adjoint_state), a))
         if stats is not None:
-            p = stats.record(**entries)
+            forward = _tree.norm(lax.stop_gradient(residual), inverse.batch_ndim)
+            entries["forward_residual"] = forward
+            p = stats.record(**report(live, entries))
         return adjoint_state, jtu.tree_map(jnp.add, d, moved), a, p
 
     # JAX transposes the solve only if every part of its right-hand side is a tangent.
@@ -321,11 +328,6 @@ def _tangents(
     rhs = zero((no_residual, t_theta, no_aux, t_probe))
     z, _, a, _ = lax.custom_linear_solve(matvec, rhs, solve, transposed)
     return z, a
-
-
-def _transpose(linear: Linear, example: PyTree) -> Linear:
-    # Made when called: reverse mode never asks for it outside `matvec`.
-    return lambda ct: jax.linear_transpose(linear, example)(ct)[0]
 
 
 def _linear_zero(t: PyTree) -> Array:

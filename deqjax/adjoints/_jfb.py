@@ -3,25 +3,33 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import PyTree
 
-from .. import _tree
-from ._implicit import AbstractInverse, Linear, apply_implicit
+from ._forward_products import Linear
+from ._implicit import apply_implicit, batch_ndim_of, check_fixed_point
+from ._inverse import AbstractInverse, measured
 from ._loop import as_inputs
+from ._stats import BackwardStats, check_probe
 
 
 class _Identity(AbstractInverse):
-    """(J − I)⁻¹ ≈ −I: the zeroth term of the Neumann series."""
+    """(I − J)⁻¹ ≈ I: the zeroth term of the Neumann series."""
+
+    batch_ndim: int
 
     def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        return _tree.negative(vector)
+        return vector
 
     def solve(
         self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
-        return _tree.negative(rhs), {"num_products": jnp.array(0)} if measure else {}
+        if not measure:
+            return rhs, {}
+        entries = measured(operator, rhs, rhs, self.batch_ndim)
+        return rhs, {**entries, "num_products": jnp.array(0)}
 
 
 class JFBAdjoint(optx.AbstractAdjoint):
@@ -34,10 +42,19 @@ class JFBAdjoint(optx.AbstractAdjoint):
 
     **Cost:** one linearisation of f at z* and one product.
 
-    Forward mode gives ż = ∂f/∂θ θ̇, the same approximation.
+    Forward mode gives ż = ∂f/∂θ θ̇, the same approximation. The gradient of `aux` goes
+    through z* likewise.
+
+    **Not converged:** the same pull-back at the z* that was returned; it is then not
+    that of a fixed point (`forward_residual` of the probe).
+
+    Args:
+        probe: a `BackwardStats` whose gradient is the record of the backward pass: the
+            residual of the adjoint system that λ = z̄ leaves, for one more product.
 
     Raises:
-        TypeError: if the problem is not a fixed-point problem.
+        TypeError: if `probe` is not of its kind, or the problem not a fixed-point
+            problem.
 
     Example:
         >>> import deqjax, jax, jax.numpy as jnp
@@ -54,6 +71,11 @@ class JFBAdjoint(optx.AbstractAdjoint):
         doi:10.1609/aaai.v36i6.20619.
     """
 
+    probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
+
+    def __check_init__(self):
+        check_probe(self.probe)
+
     def apply(
         self,
         primal_fn: Callable,
@@ -62,10 +84,6 @@ class JFBAdjoint(optx.AbstractAdjoint):
         tags: frozenset[object],
     ) -> PyTree:
         named = as_inputs(inputs)
-        if not isinstance(named.solver, optx.AbstractFixedPointSolver):
-            raise TypeError(
-                "`JFBAdjoint` approximates the inverse of I − J and so needs a "
-                "fixed-point problem; got one for "
-                f"{type(named.solver).__name__}. Use `deqjax.fixed_point`."
-            )
-        return apply_implicit(primal_fn, rewrite_fn, named, _Identity(), None)
+        check_fixed_point(self, named)
+        inverse = _Identity(batch_ndim_of(named))
+        return apply_implicit(primal_fn, rewrite_fn, named, inverse, self.probe)

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._upstream import (
+    UNROLL as UNROLL,
     Carry,
     Extras,
     Inputs,
@@ -23,10 +24,6 @@ from .._upstream import (
 )
 from ..solvers._base import AbstractSolver
 from ..solvers._foreign import Foreign
-
-# Loops of static length up to this one are unrolled: XLA schedules across the steps,
-# and on the CPU a convolution's input gradient is about 20 times slower inside a loop.
-UNROLL = 8
 
 
 def solve(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -17,9 +17,10 @@ from .._upstream import Extras, Inputs, unvmap_any
 from ..solvers._base import check_count
 from ..solvers._reversible import Reversible
 from ._backwards import Backwards, add
+from ._cotangents import materialise
 from ._half_steps import HalfStepLoop, is_unrolled, sealed
 from ._loop import SolverLoop, as_inputs, detach, solve
-from ._stats import BackwardStats
+from ._stats import BackwardStats, check_probe
 
 
 class ReversibleAdjoint(optx.AbstractAdjoint):
@@ -108,11 +109,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
             raise ValueError(
                 f"`drift_tol` must be a number ≥ 0 or None; got {self.drift_tol!r}."
             )
-        if self.probe is not None and not isinstance(self.probe, BackwardStats):
-            raise TypeError(
-                "`probe` must be a deqjax.BackwardStats or None; got "
-                f"{type(self.probe).__name__}."
-            )
+        check_probe(self.probe)
 
     def apply(
         self,
@@ -214,7 +211,7 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     no_aux = _tree.zeros_like(jax.eval_shape(evaluate, y0, moving)[1])
     ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
     has_aux = bool(jtu.tree_leaves(ct_aux))
-    ct_value, ct_aux = _materialise((ct_value, ct_aux), (y0, no_aux))
+    ct_value, ct_aux = materialise((ct_value, ct_aux), (y0, no_aux))
 
     back = Backwards(
         inputs,
@@ -272,12 +269,3 @@ _DRIFTED = (
     "or the solve is too deep for float arithmetic (use "
     '`Reversible(arithmetic="exact")`).'
 )
-
-
-def _materialise(cotangent: PyTree, like: PyTree) -> PyTree:
-    """Zeros in place of the `None`s of a cotangent."""
-
-    def leaf(x: Any, ct: Any) -> Any:
-        return jnp.zeros_like(x) if x is not None and ct is None else ct
-
-    return jtu.tree_map(leaf, like, cotangent, is_leaf=lambda x: x is None)

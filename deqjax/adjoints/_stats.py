@@ -1,6 +1,7 @@
 """The record of a backward pass, carried out of it as a gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -27,12 +28,14 @@ class BackwardStats(eqx.Module):
         converged: 1 if the tolerance was met, else 0.
         drift: of a reversible pass: largest difference between the start that the
             reconstruction arrives at and the known one.
+        forward_residual: ‖f(z*) − z*‖₂ where f was linearised: how far from a fixed
+            point the formulas that hold at one were evaluated.
 
     What does not apply to an adjoint is NaN.
 
     Args:
         batch_shape: shape of each entry; with `()` a batched solve reports the
-            worst residual and drift, and `converged` only if every problem is.
+            worst residuals and drift, and `converged` only if every problem is.
 
     Example:
         >>> import deqjax, jax, jax.numpy as jnp
@@ -51,6 +54,7 @@ class BackwardStats(eqx.Module):
     num_products: Float[Array, "*batch"]
     converged: Float[Array, "*batch"]
     drift: Float[Array, "*batch"]
+    forward_residual: Float[Array, "*batch"]
 
     def __init__(self, batch_shape: tuple[int, ...] = ()):
         zeros = jnp.zeros(batch_shape, jnp.float32)
@@ -59,6 +63,7 @@ class BackwardStats(eqx.Module):
         self.num_products = zeros
         self.converged = zeros
         self.drift = zeros
+        self.forward_residual = zeros
 
     def record(
         self,
@@ -68,6 +73,7 @@ class BackwardStats(eqx.Module):
         num_products: Array | None = None,
         converged: Array | None = None,
         drift: Array | None = None,
+        forward_residual: Array | None = None,
     ) -> "BackwardStats":
         """The cotangent of this probe: the given entries, NaN for the others."""
 
@@ -87,5 +93,15 @@ class BackwardStats(eqx.Module):
             fit(num_products, self.num_products, worst),
             fit(converged, self.converged, least),
             fit(drift, self.drift, worst),
+            fit(forward_residual, self.forward_residual, worst),
         ]
         return jtu.tree_unflatten(jtu.tree_structure(self), leaves)
+
+
+def check_probe(probe: Any) -> None:
+    """Raise unless `probe` is one, or None."""
+    if probe is not None and not isinstance(probe, BackwardStats):
+        raise TypeError(
+            "`probe` must be a deqjax.BackwardStats or None; got "
+            f"{type(probe).__name__}."
+        )

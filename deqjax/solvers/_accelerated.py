@@ -76,6 +76,11 @@ class AbstractAccelerated(
         this one is not sound, and must not be remembered.
         """
 
+    @property
+    def returns_best(self) -> bool:
+        """True, without a test as well."""
+        return True
+
     def init(
         self,
         fn: Map,

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import _tree
+from .._checks import check_beta as check_beta, check_count as check_count
 from .._types import Aux, Counts, Flags, Options, Reals, State, Tolerance, Y
 
 
@@ -218,6 +219,18 @@ class AbstractSolver(
             finite, optx.RESULTS.successful, optx.RESULTS.nonfinite
         )
 
+    @property
+    def returns_best(self) -> bool:
+        """Whether the answer is the best iterate evaluated, and not the last one."""
+        return not self.static
+
+    def steps_to_answer(self, state: State) -> Counts:
+        """The steps that lead from the start to the answer, per problem."""
+        keeps: Any = state  # its `Progress`
+        return (
+            keeps.progress.best_step if self.returns_best else self.steps_taken(state)
+        )
+
     @abc.abstractmethod
     def last_residual(self, y: Y, state: State) -> Reals:
         """The residual of the iterate evaluated last, to be recorded."""
@@ -239,21 +252,3 @@ def statistics(
         "relative_residual": residual / jnp.maximum(norm, tiny),
         "converged": converged,
     }
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer ≥ {least}; got {value!r}.")
-
-
-def check_beta(beta: Any, *, below: float) -> None:
-    """Raise unless `beta`, the weight on f, lies in (0, below)."""
-    if isinstance(beta, Array):
-        return
-    if isinstance(beta, bool) or not (
-        isinstance(beta, int | float) and 0 < beta < below
-    ):
-        raise ValueError(
-            f"`beta`, the weight on f, must satisfy 0 < beta < {below:g}; got {beta!r}."
-        )

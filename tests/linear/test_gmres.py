@@ -1,62 +1,19 @@
 """GMRES against the dense optimum over the Krylov space."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import lineax as lx
 import numpy as np
 import pytest
 
 from deqjax.linear import GMRES
 from tests.helpers import error
-
-
-def solve(matrix, b, solver, **options):
-    """Solve by plain lineax; `matrix` is an array or an operator."""
-    if not isinstance(matrix, lx.AbstractLinearOperator):
-        matrix = lx.MatrixLinearOperator(matrix)
-    return _run(matrix, b, solver, options)
+from tests.linear.systems import optimum, residual, solve, system
 
 
 def gmres(rtol, atol=0.0, **kwargs):
     """With tolerances that may be traced, so that tests share a compilation."""
     return GMRES(jnp.asarray(rtol), jnp.asarray(atol), **kwargs)
-
-
-@eqx.filter_jit
-def _run(matrix, b, solver, options):
-    return lx.linear_solve(matrix, b, solver, options=options, throw=False)
-
-
-def system(n=20, seed=0, spread=0.9, dtype=None):
-    """I − J with ‖J‖ = `spread`, and a right-hand side."""
-    k1, k2 = jr.split(jr.key(seed))
-    j = jr.normal(k1, (n, n), dtype)
-    j = spread * j / jnp.linalg.norm(j, 2)
-    return jnp.eye(n, dtype=dtype) - j, jr.normal(k2, (n,), dtype)
-
-
-def optimum(matrix, b, rtol):
-    """The fewest products with min ‖b − A x‖ ≤ rtol ‖b‖ over the Krylov space."""
-    matrix, b = np.asarray(matrix, np.float64), np.asarray(b, np.float64)
-    basis = b[:, None] / np.linalg.norm(b)
-    for k in range(1, len(b) + 1):
-        images = matrix @ basis
-        y = np.linalg.lstsq(images, b, rcond=None)[0]
-        if np.linalg.norm(b - images @ y) <= rtol * np.linalg.norm(b):
-            return k
-        # Twice: the reference must not lose orthogonality.
-        new = images[:, -1]
-        for _ in range(2):
-            new = new - basis @ (basis.T @ new)
-        basis = np.column_stack([basis, new / np.linalg.norm(new)])
-    raise AssertionError("not reached")
-
-
-def residual(matrix, x, b):
-    matrix, x, b = (np.asarray(a, np.float64) for a in (matrix, x, b))
-    return np.linalg.norm(b - matrix @ x) / np.linalg.norm(b)
 
 
 # --- products and accuracy ------------------------------------------------------------
@@ -230,7 +187,7 @@ def test_a_cycle_that_makes_no_progress_ends_the_solve():
     n = 8
     matrix, b = jnp.roll(jnp.eye(n), 1, 0), jnp.eye(n)[0]
     sol = solve(matrix, b, gmres(1e-5, restart=3))
-    assert sol.result == lx.RESULTS.breakdown
+    assert sol.result == lx.RESULTS.stagnation
     assert int(sol.stats["num_products"]) <= 2 * 4
     whole = solve(matrix, b, gmres(1e-5))
     assert whole.result == lx.RESULTS.successful
@@ -354,3 +311,65 @@ def test_arguments_are_refused_by_name(kwargs, words):
 def test_operators_that_are_not_square_are_refused():
     with pytest.raises(ValueError, match="square.*size 3.*size 2"):
         solve(jnp.ones((2, 3)), jnp.ones(2), GMRES())
+
+
+def test_a_system_that_is_singular_up_to_rounding_is_not_solved_on_paper(x64):
+    # By recurrence the residual vanishes, for an x of 1e15 that solves nothing.
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    matrix = jnp.asarray(q @ np.diag([1.0, 0.3, 3e-16]) @ q.T)
+    sol = solve(matrix, jnp.ones(3), gmres(1e-9))
+    assert sol.result == lx.RESULTS.breakdown
+    assert np.abs(sol.value).max() <= 100
+    true = residual(matrix, sol.value, np.ones(3)) * 3**0.5
+    np.testing.assert_allclose(sol.stats["residual"], true, rtol=1e-6)
+
+
+def test_a_residual_below_the_rounding_errors_is_computed(x64):
+    # κ = 1e8: what can be reached is about 1e-8, the tolerance is below.
+    q = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
+    matrix = jnp.asarray(q @ np.diag([1.0, 0.5, 0.2, 1e-8]) @ q.T)
+    sol = solve(matrix, jnp.ones(4), gmres(1e-10))
+    true = residual(matrix, sol.value, np.ones(4))
+    # Four products, and more to see what they are worth.
+    assert int(sol.stats["num_products"]) > 4
+    assert true <= float(sol.stats["relative_residual"]) + 1e8 * 2.3e-16
+
+
+# --- large systems --------------------------------------------------------------------
+
+
+def large(kind, radius, n=500):
+    """I − J of dimension n with spectral radius `radius`; complex spectra, or real."""
+    rng = np.random.default_rng(7)
+    j = rng.normal(size=(n, n))
+    j = j + j.T if kind == "real" else j
+    j = radius * j / np.abs(np.linalg.eigvals(j)).max()
+    return jnp.asarray(np.eye(n) - j), jnp.asarray(rng.normal(size=n))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "radius"),
+    [("complex", 0.5), ("complex", 0.9), ("complex", 0.99), ("real", 0.99)],
+)
+def test_full_gmres_needs_no_more_than_two_products_above_the_optimum(
+    kind, radius, x64
+):
+    matrix, b = large(kind, radius)
+    best = optimum(matrix, b, 1e-6)
+    full = solve(matrix, b, gmres(1e-6, restart=200))
+    assert best <= int(full.stats["num_products"]) <= best + 2
+    assert residual(matrix, full.value, b) <= 1e-6
+    # In float32, where the tolerance is near to what there is.
+    single = jax.tree.map(lambda a: a.astype("float32"), (matrix, b))
+    half = solve(*single, GMRES(1e-5, restart=200))
+    best = optimum(matrix, b, 1e-5)
+    assert best <= int(half.stats["num_products"]) <= best + 2
+    assert residual(matrix, half.value, b) <= 1.1e-5
+
+    restarted = solve(matrix, b, gmres(1e-6))
+    assert restarted.result == lx.RESULTS.successful
+    true = residual(matrix, restarted.value, b)
+    assert true <= 1e-6
+    np.testing.assert_allclose(restarted.stats["relative_residual"], true, rtol=1e-3)
+    assert int(restarted.stats["num_products"]) >= optimum(matrix, b, 1e-6)

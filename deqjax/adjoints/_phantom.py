@@ -1,0 +1,188 @@
+"""Phantom gradients: a few damped steps at the answer, differentiated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from .. import _tree
+from .._checks import check_beta, check_count
+from .._types import Map
+from .._upstream import Extras, Inputs
+from ._cotangents import constant, floating, materialise, none_like
+from ._implicit import batch_ndim_of, check_fixed_point
+from ._inverse import measured
+from ._loop import UNROLL, SolverLoop, as_inputs, detach, solve
+from ._shield import report, safe_point, silence, silence_aux
+from ._stats import BackwardStats, check_probe
+
+
+class PhantomAdjoint(optx.AbstractAdjoint):
+    r"""A biased gradient: that of k damped steps taken from the answer.
+
+    $$ \bar\theta = \Big(\frac{\partial u_k}{\partial \theta}\Big)^\top \bar z, \qquad
+       u_{t+1} = (1-\beta)\, u_t + \beta f(u_t, \theta), \qquad u_0 = z^* $$
+
+    | symbol | meaning |
+    |---|---|
+    | $u_0$ | the answer, taken as a constant |
+    | $k$ | `num_steps` |
+    | $\beta$ | weight on f, as everywhere |
+
+    The value of the solve stays z*: the steps are there for the gradient alone. At a
+    fixed point they stay there too, and the gradient is that of `NeumannAdjoint` with
+    the same k and β, with its bias −((1 − β) I + βJᵀ)ᵏ λ*.
+
+    **Cost:** k evaluations of f with pull-back, and one more if `aux` has a gradient or
+    a probe is given.
+    **Memory:** the activations of k steps.
+
+    Reverse mode only. A gradient of the gradient takes z* in it for phantom again.
+    The gradient of `aux` goes through z* likewise.
+
+    **Not converged:** the steps move on from the z* that was returned, and their
+    gradient is exact for them (`forward_residual` of the probe says how far z* was
+    from a fixed point). A problem whose z* is not finite takes no part.
+
+    Args:
+        num_steps: steps to differentiate.
+        beta: weight on f, 0 < beta < 2.
+        probe: a `BackwardStats` whose gradient is the record of the backward pass: the
+            residual that λ, the cotangent of a zero added to f, leaves in the adjoint
+            system at z*, for one more product.
+
+    Raises:
+        ValueError, TypeError: if an argument is not valid, or the problem not a
+            fixed-point problem.
+
+    Example:
+        >>> import deqjax, jax, jax.numpy as jnp
+        >>> f = lambda z, a: 0.5 * z + a
+        >>> adjoint = deqjax.PhantomAdjoint(num_steps=3, beta=1.0)
+        >>> solve = lambda a: deqjax.fixed_point(
+        ...     f, jnp.zeros(()), a, solver=deqjax.Picard(), adjoint=adjoint).value
+        >>> float(jax.grad(solve)(3.0))  # 1 + 1/2 + 1/4; exact: 2
+        1.75
+
+    References:
+        Z. Geng, X.-Y. Zhang, S. Bai, Y. Wang, Z. Lin (2021), On training implicit
+        models, doi:10.48550/arXiv.2111.05177.
+    """
+
+    num_steps: int = eqx.field(default=5, static=True)
+    beta: float | Array = 0.5
+    probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
+
+    def __check_init__(self):
+        check_count("num_steps", self.num_steps, 1)
+        check_beta(self.beta, below=2.0)
+        check_probe(self.probe)
+
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> PyTree:
+        named = as_inputs(inputs)
+        check_fixed_point(self, named)
+        theta = (named.fn, named.args, self.probe)
+        rest, beta = constant((named._replace(fn=None, args=None), self.beta))
+        value, extras = _phantom(theta, rest, self.num_steps, beta, primal_fn)
+        return value, tuple(detach(Extras(*extras)))
+
+
+@eqx.filter_custom_vjp
+def _phantom(
+    theta: PyTree,
+    rest: Inputs,
+    num_steps: int,
+    beta: float | Array,
+    primal_fn: Callable,
+) -> PyTree:
+    fn, args, _ = theta
+    inputs = rest._replace(fn=fn, args=args)
+    value, extras = solve(primal_fn, inputs, SolverLoop(inputs))
+    return value, tuple(extras)
+
+
+@_phantom.def_fwd
+def _phantom_fwd(perturbed, theta, rest, num_steps, beta, primal_fn):
+    # Itself, for the gradient of the gradient.
+    out = _phantom(theta, rest, num_steps, beta, primal_fn)
+    return out, out[0]
+
+
+@_phantom.def_bwd
+def _phantom_bwd(value, cotangents, perturbed, theta, rest, num_steps, beta, primal_fn):
+    fn, args, probe = theta
+    p_fn, p_args, p_probe = perturbed
+    moving, fixed = eqx.partition((fn, args), (p_fn, p_args))
+    k = batch_ndim_of(rest)
+    start, live = safe_point(value, rest.y0, k)
+
+    def evaluate(z: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
+        fn, args = eqx.combine(moving, fixed)
+        f, aux = fn(z, args)
+        return f, floating(aux)
+
+    ct_value, ct_extras = cotangents
+    ct_aux = floating(Extras(*ct_extras).aux)
+    has_aux = bool(jtu.tree_leaves(ct_aux))
+    no_aux = _tree.zeros_like(jax.eval_shape(evaluate, start, moving)[1])
+    ct_value, ct_aux = materialise((ct_value, ct_aux), (start, no_aux))
+    ct_value, ct_aux = silence(live, ct_value), silence_aux(live, ct_aux)
+
+    probing = any(jtu.tree_leaves(p_probe))
+    gradient, f, pull = jtu.tree_map(jnp.zeros_like, moving), start, None
+    if has_aux or probing:
+        (f, _), pull = jax.vjp(evaluate, start, moving)
+        g_z, gradient = pull((_tree.zeros_like(start), ct_aux))
+        ct_value = jtu.tree_map(jnp.add, ct_value, g_z)
+    zero = _tree.zeros_like(start)
+    run = lambda moving, shift: _steps(
+        lambda z, m: evaluate(z, m)[0], start, moving, shift, num_steps, beta
+    )
+    _, pull_steps = jax.vjp(run, moving, zero)
+    through, adjoint = pull_steps(ct_value)
+    gradient = jtu.tree_map(jnp.add, gradient, through)
+
+    g_probe = none_like(probe)
+    if pull is not None and probing:
+        transposed = lambda x: jtu.tree_map(
+            jnp.subtract, x, pull((x, _tree.zeros_like(no_aux)))[0]
+        )
+        entries: dict[str, Any] = {
+            **measured(transposed, adjoint, ct_value, k),
+            "num_products": jnp.array(num_steps - 1),
+            "forward_residual": _tree.norm(_tree.subtract(f, start), k),
+        }
+        g_probe = probe.record(**report(live, entries))
+    g_fn, g_args = gradient
+    return g_fn, g_args, g_probe
+
+
+def _steps(
+    fn: Map, z: PyTree, moving: PyTree, shift: PyTree, count: int, beta: float | Array
+) -> PyTree:
+    """`count` damped steps of fn + shift from z."""
+
+    def mix(a: Array, b: Array, e: Array) -> Array:
+        weight = jnp.asarray(beta, a.dtype)
+        return (1 - weight) * a + weight * (b + e)
+
+    def step(z: PyTree, _: None) -> tuple[PyTree, None]:
+        return jtu.tree_map(mix, z, fn(z, moving), shift), None
+
+    if count > UNROLL:
+        return lax.scan(step, z, None, length=count)[0]
+    for _ in range(count):
+        z, _ = step(z, None)
+    return z

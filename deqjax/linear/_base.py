@@ -1,0 +1,208 @@
+"""What the linear solvers share: scaling, options, statistics, lineax's interface."""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, PyTree
+
+from .. import _tree
+from .._checks import check_count
+from .._types import Flags, Reals
+
+Linear = Callable[[PyTree], PyTree]
+
+_DEFAULT_RTOL = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-5, "float64": 1e-8}
+
+
+class System(eqx.Module):
+    """A x = b with ‖b‖ = 1 per system, in at least float32.
+
+    Attributes:
+        product: v ↦ A v, around products in the operator's own dtype.
+        precondition: v ↦ M v, M ≈ A⁻¹.
+        b: the right-hand side; 0 for trivial systems.
+        guess: the start.
+        at_zero: whether the start is known to be 0.
+        tol: on ‖b − A x‖.
+        trivial: b is 0, or not finite: there is nothing to iterate.
+        bad: b is not finite.
+        dimension: number of unknowns of all systems together.
+    """
+
+    product: Linear
+    precondition: Linear
+    b: PyTree
+    guess: PyTree
+    at_zero: bool
+    tol: Reals
+    trivial: Flags
+    bad: Flags
+    dimension: int
+
+
+class Outcome(eqx.Module):
+    """Where an iteration has ended; `residual` None if it measures none."""
+
+    solution: PyTree
+    residual: Reals | None
+    converged: Flags
+    failed: Flags
+    stuck: Flags
+    products: Array
+
+
+class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
+    """A linear solver that applies A only, to independent systems in step."""
+
+    rtol: eqx.AbstractVar[float | Array | None]
+    atol: eqx.AbstractVar[float | Array]
+    batch_ndim: eqx.AbstractVar[int]
+
+    def __check_init__(self):
+        for name, tol in (("rtol", self.rtol), ("atol", self.atol)):
+            if isinstance(tol, Array) or (name == "rtol" and tol is None):
+                continue
+            if not (isinstance(tol, int | float) and math.isfinite(tol) and tol >= 0):
+                raise ValueError(
+                    f"`{name}` must be a non-negative number; got {tol!r}."
+                )
+        check_count("batch_ndim", self.batch_ndim, 0)
+
+    @abc.abstractmethod
+    def iterate(self, system: System) -> Outcome:
+        """Solve the scaled systems."""
+
+    @property
+    @abc.abstractmethod
+    def most_products(self) -> int:
+        """The number of products after which to give up."""
+
+    # The interface of lineax
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> lx.AbstractLinearOperator:
+        name = type(self).__name__
+        if operator.in_size() != operator.out_size():
+            raise ValueError(
+                f"`{name}` needs a square operator; got one from size "
+                f"{operator.in_size()} to size {operator.out_size()}."
+            )
+        for leaf in jtu.tree_leaves(operator.in_structure()):
+            if leaf.dtype.name not in _DEFAULT_RTOL:
+                raise TypeError(
+                    f"`{name}` solves real systems in {', '.join(_DEFAULT_RTOL)}; got "
+                    f"{leaf.dtype}."
+                )
+        return lx.linearise(operator)
+
+    def transpose(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        kept = {}
+        if "preconditioner" in options:
+            kept["preconditioner"] = options["preconditioner"].transpose()
+        return state.transpose(), kept
+
+    def conj(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        # Operators are real.
+        return state, options
+
+    def assume_full_rank(self) -> bool:
+        return True
+
+    def compute(
+        self,
+        state: lx.AbstractLinearOperator,
+        vector: PyTree,
+        options: dict[str, Any],
+    ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
+        k = self.batch_ndim
+        dtypes = jtu.tree_map(lambda leaf: leaf.dtype, state.in_structure())
+        preconditioner = options.get("preconditioner")
+
+        # Scale b to norm 1. First by its largest entry: squares of small ones vanish.
+        b = jtu.tree_map(lambda leaf: leaf.astype(_tree.wide(leaf.dtype)), vector)
+        largest = _tree.max_abs(b, k)
+        bad = ~jnp.isfinite(largest)
+        safe = jnp.where((largest > 0) & ~bad, largest, 1)
+        b = _tree.where(bad, _tree.zeros_like(b), _tree.scale(1 / safe, b))
+        size = _tree.norm(b, k)
+        b = _tree.scale(1 / jnp.where(size > 0, size, 1), b)
+        size = size * safe
+        unit = jnp.where(size > 0, size, 1)
+
+        guess, start = _tree.zeros_like(b), options.get("y0")
+        if start is not None:
+            start = jtu.tree_map(lambda x, y: x.astype(y.dtype), start, b)
+            start = _tree.scale(1 / unit, start)
+            # A start that is not finite, from a solve that failed say, is none.
+            guess = _tree.where(_tree.all_finite(start, k), start, guess)
+        system = System(
+            product=_widened(state),
+            precondition=lambda v: (
+                v if preconditioner is None else _widened(preconditioner)(v)
+            ),
+            b=b,
+            guess=guess,
+            at_zero=start is None,
+            tol=jnp.where(size > 0, self._rtol(vector) + self.atol / unit, 0),
+            trivial=(size == 0) | bad,
+            bad=bad,
+            dimension=state.in_size(),
+        )
+        final = self.iterate(system)
+
+        solution = _tree.scale(jnp.where(system.trivial, 0, size), final.solution)
+        solution = _tree.where(bad, _tree.scale(largest * jnp.nan, b), solution)
+        solution = jtu.tree_map(lambda x, d: x.astype(d), solution, dtypes)
+        converged = final.converged & ~bad
+        stats: dict[str, Any] = {
+            "num_products": final.products,
+            "max_steps": self.most_products,
+            "converged": converged,
+        }
+        if final.residual is not None:
+            relative = jnp.where(system.trivial, 0, final.residual)
+            stats["residual"] = jnp.where(bad, jnp.nan, relative * size)
+            stats["relative_residual"] = jnp.where(bad, jnp.nan, relative)
+        return solution, _result(converged, final, bad), stats
+
+    def _rtol(self, vector: PyTree) -> Any:
+        if self.rtol is not None:
+            return self.rtol
+        names = [leaf.dtype.name for leaf in jtu.tree_leaves(vector)]
+        return max((_DEFAULT_RTOL[name] for name in names), default=1e-5)
+
+
+def widened(linear: Linear, structure: PyTree) -> Linear:
+    """v ↦ A v for v in the wide dtype, the product itself in the operator's own."""
+
+    def apply(v: PyTree) -> PyTree:
+        v = jtu.tree_map(lambda x, s: x.astype(s.dtype), v, structure)
+        return jtu.tree_map(lambda x: x.astype(_tree.wide(x.dtype)), linear(v))
+
+    return apply
+
+
+def _widened(linear: lx.AbstractLinearOperator) -> Linear:
+    return widened(linear.mv, linear.in_structure())
+
+
+def _result(converged: Flags, final: Outcome, bad: Flags) -> lx.RESULTS:
+    """The worst that has happened to any of the systems."""
+    result = lx.RESULTS.where(
+        jnp.all(converged), lx.RESULTS.successful, lx.RESULTS.max_steps_reached
+    )
+    result = lx.RESULTS.where(jnp.any(final.stuck), lx.RESULTS.stagnation, result)
+    broken = final.failed & ~final.stuck & ~bad
+    result = lx.RESULTS.where(jnp.any(broken), lx.RESULTS.breakdown, result)
+    return lx.RESULTS.where(jnp.any(bad), lx.RESULTS.nonfinite_input, result)
