@@ -9,6 +9,7 @@ from .adjoints import (
     NeumannAdjoint as NeumannAdjoint,
     PhantomAdjoint as PhantomAdjoint,
     ReversibleAdjoint as ReversibleAdjoint,
+    ShineAdjoint as ShineAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )
 from .solvers import (

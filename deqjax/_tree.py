@@ -169,12 +169,20 @@ def ring(x: PyTree, length: int, batch_ndim: int = 0) -> PyTree:
     return stack_of_zeros(flat, length, batch_ndim)
 
 
-def enter(rows: PyTree, x: PyTree, slot: Array, batch_ndim: int = 0) -> PyTree:
-    """The ring with x in a slot, and 0 for what of it is not finite."""
+def enter(
+    rows: PyTree, x: PyTree, slot: Array, batch_ndim: int = 0, only: Any = None
+) -> PyTree:
+    """The ring with x in a slot, and 0 for what of it is not finite.
+
+    The rings of problems that are not among `only` stay as they are.
+    """
 
     def leaf(a: Array, b: Array) -> Array:
         b = _flat(b, batch_ndim).astype(a.dtype)
         b = jnp.where(jnp.isfinite(b), b, 0)
+        if only is not None:
+            old = lax.dynamic_index_in_dim(a, slot, batch_ndim, keepdims=False)
+            b = jnp.where(expand(only, b), b, old)
         return lax.dynamic_update_index_in_dim(a, b, slot, batch_ndim)
 
     return jtu.tree_map(leaf, rows, x)

@@ -5,5 +5,6 @@ from ._jfb import JFBAdjoint as JFBAdjoint
 from ._neumann import NeumannAdjoint as NeumannAdjoint
 from ._phantom import PhantomAdjoint as PhantomAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint
+from ._shine import ShineAdjoint as ShineAdjoint
 from ._stats import BackwardStats as BackwardStats
 from ._unrolled import UnrolledAdjoint as UnrolledAdjoint

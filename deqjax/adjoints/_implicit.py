@@ -237,6 +237,8 @@ def _implicit_jvp(primals, tangents):
         fn, args = eqx.combine(theta, fixed)
         return _residual(rewrite_fn, inputs._replace(fn=fn, args=args), z)
 
+    state = eqx.combine(extras.dynamic_state, extras.static_state.value)
+    inverse = inverse.after(lax.stop_gradient(state))
     at, live = value, None
     if inverse.shields:
         at, live = safe_point(value, inputs.y0, inverse.batch_ndim)

@@ -24,6 +24,10 @@ class AbstractInverse(eqx.Module):
         """Whether a problem whose solve failed is kept from spoiling the others."""
         return True
 
+    def after(self, state: PyTree) -> "AbstractInverse":
+        """This inverse, given the state that the forward solver ended in."""
+        return self
+
     @abc.abstractmethod
     def product(self, exact: PyTree, vector: PyTree) -> PyTree:
         """Aᵀ v as this inverse inverts it, given the exact product."""

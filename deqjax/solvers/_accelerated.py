@@ -69,11 +69,13 @@ class AbstractAccelerated(
         index: Array,
         age: Counts,
         damping: Reals,
+        active: Flags,
     ) -> tuple[Y, Memory]:
         """The next iterate from f = fn(y), and the memory with this evaluation in it.
 
         `age` sound evaluations in a row came before this one; where it is negative
-        this one is not sound, and must not be remembered.
+        this one is not sound, and must not be remembered. Problems that are not active
+        have ended before; what is made of theirs does not matter.
         """
 
     @property
@@ -114,12 +116,15 @@ class AbstractAccelerated(
         progress = self.observe(state.progress, before, y, y, f, aux, recovers=recovers)
         sound = self._sound(progress)
         age = jnp.where(sound, age, -1)
-        proposal, memory = self.propose(y, f, state.memory, state.index, age, damping)
+        proposal, memory = self.propose(
+            y, f, state.memory, state.index, age, damping, before
+        )
         y = self._choose(progress.active(options), sound, proposal, y, progress.value)
         # A new best iterate makes good one setback.
         improved = progress.best_step == progress.num_steps - 1
         made_good = jnp.maximum(setbacks - improved.astype(jnp.int32), 0)
         trail = jnp.stack([age + 1, jnp.where(sound, made_good, setbacks + 1)], -1)
+        trail = _tree.where(before, trail, state.trail)
         return y, AcceleratedState(progress, memory, state.index + 1, trail), aux
 
     def _sound(self, progress: Progress) -> Flags:

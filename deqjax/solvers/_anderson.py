@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .. import _tree
-from .._types import Aux, Counts, Reals, Tolerance, Y
+from .._types import Aux, Counts, Flags, Reals, Tolerance, Y
 from ._accelerated import AbstractAccelerated
 from ._base import check_beta, check_count
 
@@ -122,9 +122,10 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         index: Array,
         age: Counts,
         damping: Reals,
+        active: Flags,
     ) -> tuple[Y, _Memory]:
         k, length = self.batch_ndim, self.history + 1
-        slots, slot = jnp.arange(length), index % length
+        slots, slot = jnp.arange(length, dtype=index.dtype), index % length
         here = slots == slot
         weight = self.beta * damping
 
@@ -183,6 +184,8 @@ def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
         column = lax.dynamic_index_in_dim(a, i, -1)
         pivot = lax.dynamic_index_in_dim(column, i, -2)
         row = row / jnp.where(pivot == 0, 1, pivot)
-        return jnp.where((jnp.arange(size + 1) == i)[:, None], row, a - column * row)
+        return jnp.where(
+            (jnp.arange(size + 1, dtype=i.dtype) == i)[:, None], row, a - column * row
+        )
 
     return lax.fori_loop(0, size + 1, eliminate, a)[..., :-1, -1]

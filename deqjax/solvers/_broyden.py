@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .. import _tree
-from .._types import Aux, Counts, Reals, Tolerance, Y
-from ._accelerated import AbstractAccelerated
+from .._types import Aux, Counts, Flags, Reals, Tolerance, Y
+from ._accelerated import AbstractAccelerated, AcceleratedState
 from ._base import check_count
 
 
@@ -118,9 +118,10 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         index: Array,
         age: Counts,
         damping: Reals,
+        active: Flags,
     ) -> tuple[Y, _Memory]:
         k, m = self.batch_ndim, self.history
-        slots, slot = jnp.arange(m), index % m
+        slots, slot = jnp.arange(m, dtype=index.dtype), index % m
         here, next_ = slots == slot, slots == (slot + 1) % m
         age = jnp.where(age > 0, age % (m + 1), 0)
         back = slot - slots
@@ -128,7 +129,7 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         sigma = jnp.where(age > 0, memory.scale, damping)
 
         r = _tree.subtract(f, y)
-        steps = _tree.enter(memory.steps, memory.step, slot, k)
+        steps = _tree.enter(memory.steps, memory.step, slot, k, active)
         with_step = jnp.where(valid, _tree.dots(steps, memory.step, k), 0)
         with_residual = jnp.where(valid, _tree.dots(steps, r, k), 0)
         square = jnp.sum(jnp.where(here, with_step, 0), -1, keepdims=True)
@@ -152,9 +153,50 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
             return jnp.where(jnp.isfinite(s), s, 0).astype(y.dtype)
 
         step = jtu.tree_map(leaf, r, _tree.combine(weights, steps, y, k), y)
+        z = jtu.tree_map(jnp.add, y, step)
         chain = jnp.where(next_[:, None], newest[..., None, :], chain)
-        memory = _Memory(step, steps, squares, chain, sigma)
-        return jtu.tree_map(jnp.add, y, step), memory
+        # What has ended keeps its estimate; the ring has kept its steps.
+        old = (memory.step, memory.squares, memory.chain, memory.scale)
+        kept = _tree.where(active, (step, squares, chain, sigma), old)
+        return z, _Memory(kept[0], steps, *kept[1:])
+
+    def estimate(
+        self, state: AcceleratedState[_Memory], v: PyTree, transposed: bool
+    ) -> PyTree:
+        """B⁻¹ v or B⁻ᵀ v, with the B ≈ I − J that a solve has ended with.
+
+        `state` is that of the `optimistix.Solution`.
+        """
+        k, m = self.batch_ndim, self.history
+        memory, age = state.memory, state.trail[..., 0] - 1
+        age = jnp.where(age > 0, age % (m + 1), 0)[..., None]
+        slots = jnp.arange(m, dtype=age.dtype)
+        back = (state.progress.num_steps - 1)[..., None] % m - slots
+        back = jnp.where(back < 0, back + m, back)
+        valid, next_ = back < age, back == m - 1
+
+        inner = _tree.dots(memory.steps, v, k)
+        scale = memory.scale[..., None] * _inverse(memory.squares)
+        # The step made last is in no slot yet; the next one is to be its own.
+        if transposed:
+            newest = _tree.dot(memory.step, v, k)[..., None]
+            inner = jnp.where(next_, newest, inner)
+            weights = jnp.sum(memory.chain * inner[..., :, None], -2)
+            weights, last = jnp.where(valid, scale * weights, 0), None
+        else:
+            b = jnp.where(valid, scale * inner, 0)
+            weights = jnp.sum(memory.chain * b[..., None, :], -1)
+            last = jnp.sum(jnp.where(next_, weights, 0), -1)
+            weights = jnp.where(next_, 0, weights)
+
+        def leaf(v: Array, rest: Array, step: Array) -> Array:
+            out = _tree.expand(memory.scale, rest) * v.astype(rest.dtype) + rest
+            if last is not None:
+                out = out + _tree.expand(last, rest) * step.astype(rest.dtype)
+            return out.astype(v.dtype)
+
+        rest = _tree.combine(weights, memory.steps, v, k)
+        return jtu.tree_map(leaf, v, rest, memory.step)
 
 
 def _inverse(x: Array) -> Array:
