@@ -12,6 +12,7 @@ from .._tree import wide
 from ._layers import Features, project
 
 Heads = Float[Array, "batch length heads head_dim"]
+Scores = Float[Array, "batch heads queries keys"]
 
 
 class Past(NamedTuple):
@@ -76,10 +77,13 @@ def attend(q: Heads, k: Heads, v: Heads, past: Past | None) -> Heads:
     return _gather(weights[..., :-n], past.values) + _gather(weights[..., -n:], v)
 
 
-def _scores(q: Heads, k: Heads) -> Float[Array, "batch heads queries keys"]:
+def _scores(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys heads head_dim"],
+) -> Scores:
     dtype = wide(q.dtype)
     return jnp.einsum("bihd,bjhd->bhij", q, k, preferred_element_type=dtype)
 
 
-def _gather(weights: Float[Array, "batch heads queries keys"], v: Heads) -> Heads:
+def _gather(weights: Scores, v: Float[Array, "batch keys heads head_dim"]) -> Heads:
     return jnp.einsum("bhij,bjhd->bihd", weights.astype(v.dtype), v)

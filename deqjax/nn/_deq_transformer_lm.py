@@ -198,7 +198,7 @@ class DEQTransformerLM(eqx.Module):
 
     def __call__(
         self,
-        tokens: Tokens,
+        tokens: Array,
         *,
         memory: Memory | None = None,
         key: PRNGKeyArray | None = None,
@@ -212,7 +212,7 @@ class DEQTransformerLM(eqx.Module):
 
     def solve(
         self,
-        tokens: Tokens,
+        tokens: Array,
         *,
         memory: Memory | None = None,
         z0: Features | None = None,
@@ -251,7 +251,7 @@ class DEQTransformerLM(eqx.Module):
 
     def context(
         self,
-        tokens: Tokens,
+        tokens: Array,
         memory: Memory | None = None,
         *,
         key: PRNGKeyArray | None = None,
@@ -289,7 +289,7 @@ class DEQTransformerLM(eqx.Module):
         )
 
     def nll(
-        self, z: Features, targets: Tokens, *, key: PRNGKeyArray | None = None
+        self, z: Features, targets: Array, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch length"]:
         """−log p of each target, given the equilibrium.
 

@@ -50,7 +50,7 @@ class Cache(eqx.Module):
             zeros, zeros, jnp.array(0, jnp.int32), jnp.zeros(batch, jnp.float32)
         )
 
-    def check(self, depth: int, tokens: Tokens) -> None:
+    def check(self, depth: int, tokens: Array) -> None:
         """Raise unless the cache is one of a model of this depth, for these tokens."""
         have, batch, length = self.keys.shape[:3]
         if have != depth or batch != tokens.shape[0]:
@@ -99,10 +99,10 @@ class Cache(eqx.Module):
 @eqx.filter_jit
 def generate(
     model: Any,
-    prompt: Tokens,
+    prompt: Array,
     num_tokens: int,
     *,
-    temperature: float | Array = 1.0,
+    temperature: float | int | Array = 1.0,
     key: PRNGKeyArray | None = None,
 ) -> Int[Array, "batch num_tokens"]:
     """Continue sequences token by token.
@@ -116,7 +116,7 @@ def generate(
 
     Args:
         model: a `RevDEQLM` or `TransformerLM`.
-        prompt: token sequences of the same length, at least one token each.
+        prompt: integers of shape (batch, length), at least one token each.
         num_tokens: how many to add.
         temperature: what logits are divided by; a Python 0 takes the likeliest token.
         key: for sampling; not needed with `temperature=0`.

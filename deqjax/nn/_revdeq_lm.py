@@ -1,6 +1,6 @@
 """The reversible DEQ language model."""
 
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -67,7 +67,7 @@ class RevDEQBlock(eqx.Module):
         num_heads: int,
         hidden: int,
         *,
-        residual: Literal["state", "input"] = "state",
+        residual: str = "state",
         dtype: Any = jnp.float32,
         key: PRNGKeyArray,
     ):
@@ -168,7 +168,7 @@ class RevDEQLM(eqx.Module):
         *,
         max_length: int,
         hidden: int | None = None,
-        residual: Literal["state", "input"] = "state",
+        residual: str = "state",
         solver: Any = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 4,
@@ -215,7 +215,7 @@ class RevDEQLM(eqx.Module):
         return self.positions.weight.shape[0]
 
     def __call__(
-        self, tokens: Tokens, *, options: dict[str, Any] | None = None
+        self, tokens: Array, *, options: dict[str, Any] | None = None
     ) -> Float[Array, "batch length vocab"]:
         """The logits of the token that follows each position.
 
@@ -227,7 +227,7 @@ class RevDEQLM(eqx.Module):
 
     def solve(
         self,
-        tokens: Tokens,
+        tokens: Array,
         *,
         z0: Features | None = None,
         max_steps: int | None = None,
@@ -272,7 +272,7 @@ class RevDEQLM(eqx.Module):
 
     def extend(
         self,
-        tokens: Tokens,
+        tokens: Array,
         cache: Cache,
         *,
         options: dict[str, Any] | None = None,

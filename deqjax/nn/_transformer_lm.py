@@ -160,7 +160,7 @@ class TransformerLM(eqx.Module):
         """The longest sequence that the model has positions for."""
         return self.positions.weight.shape[0]
 
-    def __call__(self, tokens: Tokens) -> Float[Array, "batch length vocab"]:
+    def __call__(self, tokens: Array) -> Float[Array, "batch length vocab"]:
         """The logits of the token that follows each position.
 
         Args:
@@ -193,7 +193,7 @@ class TransformerLM(eqx.Module):
             len(self.layers), batch, length, heads, dim // heads, dtype
         )
 
-    def extend(self, tokens: Tokens, cache: Cache) -> tuple[Features, Cache]:
+    def extend(self, tokens: Array, cache: Cache) -> tuple[Features, Cache]:
         """The last layer's output at tokens that follow those of the cache.
 
         Args:
