@@ -24,7 +24,7 @@ class Context(NamedTuple):
         distances: sinusoids of the distances, the largest first.
     """
 
-    injection: Float[Array, "batch keys 3*dim"]
+    injection: Float[Array, "batch keys inner"]
     memory: Float[Array, "batch memory dim"]
     remembered: Int[Array, ""]
     distances: Float[Array, "keys dim"]
@@ -150,9 +150,7 @@ class DEQTransformerBlock(eqx.Module):
         hidden = self.drop(hidden, key=keys[0])
         return self.drop(project(self.mlp2, hidden), key=keys[1])
 
-    def _attend(
-        self, z: Features, x: Context, key: PRNGKeyArray | None
-    ) -> Features:
+    def _attend(self, z: Features, x: Context, key: PRNGKeyArray | None) -> Features:
         memory, size = x.memory, x.memory.shape[1]
         if self.pre_norm:
             z, memory = over_tokens(self.norm, z), over_tokens(self.norm, memory)

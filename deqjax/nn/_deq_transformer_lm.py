@@ -27,7 +27,7 @@ class Memory(eqx.Module):
     """
 
     z: Float[Array, "batch memory dim"]
-    injection: Float[Array, "batch memory 3*dim"]
+    injection: Float[Array, "batch memory inner"]
     length: Int[Array, ""]
 
 
@@ -255,7 +255,7 @@ class DEQTransformerLM(eqx.Module):
         memory: Memory | None = None,
         *,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Context, Float[Array, "batch length 3*dim"]]:
+    ) -> tuple[Context, Float[Array, "batch length inner"]]:
         """What the cell takes beside z, and the injection of the new tokens."""
         check_tokens("tokens", tokens)
         batch, length = tokens.shape

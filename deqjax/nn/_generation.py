@@ -73,9 +73,7 @@ class Cache(eqx.Module):
         """Keys and values at one depth."""
         return Past(self.keys[i], self.values[i], self.length)
 
-    def add(
-        self, keys: Array, values: Array, residual: Array | None = None
-    ) -> "Cache":
+    def add(self, keys: Array, values: Array, residual: Array | None = None) -> "Cache":
         """Append the keys and values of new tokens, at every depth."""
         write = lambda cache, new: lax.dynamic_update_slice_in_dim(
             cache, new.astype(cache.dtype), self.length, axis=2

@@ -80,9 +80,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 def check_rate(name: str, rate: Any) -> None:
     """Raise unless a dropout rate lies in [0, 1)."""
-    if isinstance(rate, bool) or not (
-        isinstance(rate, int | float) and 0 <= rate < 1
-    ):
+    if isinstance(rate, bool) or not (isinstance(rate, int | float) and 0 <= rate < 1):
         raise ValueError(f"`{name}` must satisfy 0 ≤ {name} < 1; got {rate!r}.")
 
 

@@ -55,9 +55,7 @@ class TransformerBlock(eqx.Module):
         key1, key2 = jr.split(key)
         self.norm1 = eqx.nn.LayerNorm(dim, dtype=dtype)
         self.norm2 = eqx.nn.LayerNorm(dim, dtype=dtype)
-        self.attention = Attention(
-            dim, num_heads, use_bias=True, dtype=dtype, key=key1
-        )
+        self.attention = Attention(dim, num_heads, use_bias=True, dtype=dtype, key=key1)
         self.mlp = eqx.nn.MLP(dim, dim, hidden, 1, jax.nn.gelu, dtype=dtype, key=key2)
 
     def advance(
@@ -120,9 +118,7 @@ class TransformerLM(eqx.Module):
         dtype: Any = jnp.float32,
         key: PRNGKeyArray,
     ):
-        check_sizes(
-            vocab_size=vocab_size, max_length=max_length, num_layers=num_layers
-        )
+        check_sizes(vocab_size=vocab_size, max_length=max_length, num_layers=num_layers)
         keys = jr.split(key, num_layers + 3)
         hidden = 4 * dim if hidden is None else hidden
         self.layers = tuple(
@@ -189,9 +185,7 @@ class TransformerLM(eqx.Module):
         dim = self.tokens.weight.shape[1]
         length = self.max_length if max_length is None else max_length
         dtype = self.tokens.weight.dtype
-        return Cache.empty(
-            len(self.layers), batch, length, heads, dim // heads, dtype
-        )
+        return Cache.empty(len(self.layers), batch, length, heads, dim // heads, dtype)
 
     def extend(self, tokens: Array, cache: Cache) -> tuple[Features, Cache]:
         """The last layer's output at tokens that follow those of the cache.

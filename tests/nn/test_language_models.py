@@ -98,8 +98,8 @@ def test_the_state_is_solved_for_or_the_input_added_to():
         ),
         None,
     )
-    rest = lambda h: h + jax.vmap(jax.vmap(other.mlp))(
-        jax.vmap(jax.vmap(other.norm2))(h)
+    rest = lambda h: (
+        h + jax.vmap(jax.vmap(other.mlp))(jax.vmap(jax.vmap(other.norm2))(h))
     )
     assert error(published(z, x), rest(z + h)) <= 1e-5
     assert error(other(z, x), rest(x + h)) <= 1e-5
