@@ -13,6 +13,7 @@ from ._deq_transformer_lm import (
 from ._dropout import VariationalDropout as VariationalDropout
 from ._generation import Cache as Cache, generate as generate
 from ._layers import count_parameters as count_parameters
+from ._normalise import Contractive as Contractive, spectral_bound as spectral_bound
 from ._revdeq_lm import RevDEQBlock as RevDEQBlock, RevDEQLM as RevDEQLM
 from ._transformer_lm import (
     TransformerBlock as TransformerBlock,
