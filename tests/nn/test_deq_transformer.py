@@ -120,7 +120,7 @@ def test_the_block_is_the_published_one(pre_norm):
 
 def test_words_one_by_one_with_memory_are_the_whole_text():
     """The memory is a cache of equilibria: with room for all, nothing is lost."""
-    solver = deqjax.Picard(1e-5, 1e-6, batch_ndim=1)
+    solver = deqjax.Picard(2e-6, 1e-6, batch_ndim=1)
     # Weights with which the solves converge.
     model = lm(memory_length=8, solver=solver, scale=0.3, key=jr.key(2))
     tokens = jr.randint(jr.key(1), (2, 8), 0, VOCAB)
