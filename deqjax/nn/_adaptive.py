@@ -1,6 +1,7 @@
 """Adaptive embedding and softmax: fewer dimensions for rarer tokens."""
 
 import itertools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -176,10 +177,10 @@ class AdaptiveSoftmax(eqx.Module):
 
         out = lax.map(lambda part: head(*part), parts).reshape(-1)
         for i in range(1, len(embedding.tables)):
-            tail = self._tail_of_blocks(i, embedding)
             inside = blocks((wanted - bounds[i])[order])
             mine = blocks((cluster == i)[order])
-            part = lax.map(lambda x: tail(*x), (parts[0], inside, mine))
+            tail = self._tail_of_block(i, embedding)
+            part = lax.map(tail, (parts[0], inside, mine))
             out = out + part.reshape(-1)
         out = out[: len(wanted)][jnp.argsort(order)]
         known = (wanted >= 0) & (wanted < embedding.bounds[-1])
@@ -206,8 +207,8 @@ class AdaptiveSoftmax(eqx.Module):
         table, projection = embedding.tables[i], embedding.projections[i]
         return _log_softmax(hidden, projection, table, self.biases[i])
 
-    def _tail_of_blocks(self, i: int, embedding: AdaptiveEmbedding):
-        """log p within cluster i for a block's targets in it, 0 for the others."""
+    def _tail_of_block(self, i: int, embedding: AdaptiveEmbedding) -> Callable:
+        """log p within cluster i of a block's targets in it, 0 for the others."""
 
         @jax.checkpoint
         def present(hidden: Array, inside: Array, mine: Array) -> Array:
@@ -217,7 +218,7 @@ class AdaptiveSoftmax(eqx.Module):
         def absent(hidden: Array, inside: Array, mine: Array) -> Array:
             return jnp.zeros(mine.shape, wide(hidden.dtype))
 
-        return lambda *part: lax.cond(jnp.any(part[-1]), present, absent, *part)
+        return lambda part: lax.cond(jnp.any(part[-1]), present, absent, *part)
 
 
 def _log_softmax(hidden: Array, projection: Array, table: Array, bias: Array) -> Array:

@@ -14,7 +14,7 @@ from ._adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from ._deq import DEQ
 from ._deq_transformer import Context, DEQTransformerBlock, normal_linear, sinusoids
 from ._dropout import VariationalDropout
-from ._layers import Features, Tokens, check_sizes, check_tokens, project
+from ._layers import Features, check_sizes, check_tokens, project
 
 
 class Memory(eqx.Module):
@@ -175,8 +175,8 @@ class DEQTransformerLM(eqx.Module):
         """The pre-norm configuration that Jacobian regularisation makes stable.
 
         As `wikitext103`, with norms first, memory of 300 tokens, dropout of 0.06, of
-        0.01 for attention weights, and 14 steps. Published beside it: twice the Jacobian
-        norm (`deqjax.regularise.jacobian_norm`) in 40% of the steps from step 30,000 on.
+        0.01 for attention weights, and 14 steps. Published beside it: the Jacobian norm
+        (`deqjax.regularise.jacobian_norm`) with weight 2 in 40% of the updates.
 
         Args:
             key: decides the initial parameters.

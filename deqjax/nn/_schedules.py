@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from .._types import Options
 from ..adjoints import UnrolledAdjoint
@@ -17,9 +17,7 @@ from ._deq import DEQ
 from ._layers import check_sizes
 
 
-def draw_options(
-    deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()
-) -> Options:
+def draw_options(deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()) -> Options:
     """Options of a solve with a depth, and a β of the solver's tuple, drawn at random.
 
     They are traced values, so that no draw compiles anything again. A model trained so
@@ -61,8 +59,8 @@ def draw_options(
         options["step_budget"] = jr.choice(key2, jnp.asarray(tuple(steps), jnp.int32))
     if not options:
         raise ValueError(
-            "There is nothing to draw: give `steps`, or the layer a solver with a tuple "
-            "`beta`."
+            "There is nothing to draw: give `steps`, or the layer a solver whose `beta` "
+            "is a tuple."
         )
     return options
 
@@ -152,16 +150,17 @@ class Pretraining(eqx.Module):
     def __check_init__(self):
         check_sizes(num_updates=self.num_updates, depth=self.depth)
 
-    def __call__(self, model: Any, update: int) -> Any:
+    def __call__(self, model: Any, update: Any) -> Any:
         """The model for an update.
 
         Args:
             model: any pytree with `DEQ`s.
             update: its number, from 0, a Python integer.
         """
-        if isinstance(update, Array):
+        if not isinstance(update, int):
             raise TypeError(
                 "`update` must be a Python integer, since the two phases are two "
-                "programs; got an array. Choose the phase outside of `jax.jit`."
+                f"programs; got {type(update).__name__}. Choose the phase outside of "
+                "`jax.jit`."
             )
         return unrolled(model, self.depth) if update < self.num_updates else model

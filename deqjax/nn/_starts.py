@@ -105,9 +105,9 @@ def solve_stream(
     carry_gradient: bool = False,
     options: dict[str, Any] | None = None,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """Equilibria of a stream of inputs, each solve starting at the one before.
+    r"""Equilibria of a stream of inputs, each solve starting at the one before.
 
-    $$ z^*_t = \\mathrm{cell}(z^*_t, x_t), \\qquad z^{(0)}_t = z^*_{t-1} $$
+    $$ z^*_t = \mathrm{cell}(z^*_t, x_t), \qquad z^{(0)}_t = z^*_{t-1} $$
 
     One `lax.scan` over the frames, with one key for all: the same masks throughout.
 

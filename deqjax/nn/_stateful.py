@@ -21,9 +21,10 @@ def refuse_stateful(cell: Any) -> None:
     for path, layer in found:
         if isinstance(layer, kinds) and not getattr(layer, "inference", False):
             raise ValueError(
-                f"`cell` must not hold layers with a state; `cell{jtu.keystr(path)}` is "
-                f"{type(layer).__name__}, which changes its state at every call, so "
-                "that the cell would be another map at every iteration. Put it before "
+                "`cell` must not hold layers with a state; "
+                f"`cell{jtu.keystr(path)}` is a {type(layer).__name__}, which changes "
+                "its state at every call, so that the cell would be another map at "
+                "every iteration. Put it before "
                 "or after the equilibrium layer, use `equinox.nn.GroupNorm`, "
                 "`equinox.nn.LayerNorm` or `deqjax.nn.Contractive` instead, or switch "
                 "it off with `equinox.nn.inference_mode`."

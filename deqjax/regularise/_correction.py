@@ -31,14 +31,15 @@ def correction_points(
     The solve is a chain of solves, each from where the one before stopped: to the steps
     in `at`, then to `max_steps`. A solver that remembers more than its iterate begins
     anew at each of them: `deqjax.Reversible` with both states at z, others with an
-    empty history.
+    empty history. A solve to a tolerance gives the best iterate that it evaluated,
+    after n steps at the latest that after n − 1.
 
     **Gradients.** Under `deqjax.ReversibleAdjoint` and `deqjax.UnrolledAdjoint` they
     are exact, for the points and for the solution: those of the steps of the whole
-    chain. Under any other adjoint, which knows a gradient at an equilibrium alone, the
-    chain is stopped at each point, the point is replaced by one more evaluation
-    f(z_k), differentiated with z_k held fixed, and the solution has the adjoint's own
-    gradient:
+    chain. Under any other adjoint, which knows a gradient at an equilibrium alone, each
+    part is stopped where it ends, at z_k; the point is one more evaluation there, with
+    the gradient of that evaluation alone; the chain goes on from it; and the solution
+    has the adjoint's own gradient:
 
     $$ \tilde z_k = f(\mathrm{stop}(z_k), \theta), \qquad
        \bar\theta \mathrel{+}= (\partial_\theta f)^\top\, \bar{\tilde z}_k $$
@@ -106,13 +107,13 @@ def correction_points(
         if exact:
             points.append(z)
         else:
-            z = lax.stop_gradient(z)
-            points.append(fn(z, args))
+            points.append(fn(lax.stop_gradient(z), args))
+            z = lax.stop_gradient(points[-1])
     return tuple(points), solve(z, parts[-1])
 
 
 def fixed_point_correction(
-    losses: Sequence[Float[Array, "..."]], gamma: float = 0.8
+    losses: Sequence[Float[Array, "..."]], gamma: float | int = 0.8
 ) -> Float[Array, "..."]:
     r"""The losses of successive iterates, the later the heavier.
 

@@ -11,7 +11,7 @@ VOCAB, HALF = 7, 4
 
 
 def copying(key, batch=16):
-    """Sequences whose second half repeats the first; all but the last token, targets."""
+    """Tokens and targets of sequences whose second half repeats the first."""
     half = jr.randint(key, (batch, HALF), 0, VOCAB)
     whole = jnp.concatenate([half, half], axis=1)
     return whole[:, :-1], whole[:, 1:]

@@ -1,7 +1,6 @@
 """The DEQ-Transformer."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np

@@ -35,9 +35,7 @@ def test_the_bound_of_zero_is_zero_and_can_be_differentiated():
     assert bool(jnp.all(jnp.isfinite(slope)))
     # Elsewhere the derivative approaches u vᵀ of the leading singular vectors.
     w = jnp.diag(jnp.array([3.0, 1.0]))
-    np.testing.assert_allclose(
-        jax.grad(spectral_bound)(w), [[1, 0], [0, 0]], atol=1e-4
-    )
+    np.testing.assert_allclose(jax.grad(spectral_bound)(w), [[1, 0], [0, 0]], atol=1e-4)
 
 
 def dense(layer, shape):
@@ -202,9 +200,7 @@ def test_the_compiled_loop_contains_no_norm_of_a_weight(x64):
         (lambda: Contractive(eqx.nn.Linear(2, 2, key=jr.key(0)), 0.0), "`kappa`.*0.0"),
         (
             lambda: Contractive(
-                eqx.nn.Conv2d(
-                    1, 1, 3, padding=1, padding_mode="REFLECT", key=jr.key(0)
-                )
+                eqx.nn.Conv2d(1, 1, 3, padding=1, padding_mode="REFLECT", key=jr.key(0))
             ),
             "REFLECT",
         ),
