@@ -298,7 +298,7 @@ class RevDEQLM(eqx.Module):
         if depth is not None:
 
             def evaluate(z: Features, kept: tuple) -> tuple[Features, tuple]:
-                return cell.advance(z, x, Past(*kept, cache.length))
+                return cell.advance(z, x, Past(kept[0], kept[1], cache.length))
 
             pasts = (cache.keys, cache.values)
             z, kept = static_solve(solver, evaluate, z0, pasts, options)

@@ -59,8 +59,8 @@ def draw_options(deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()) -> O
         options["step_budget"] = jr.choice(key2, jnp.asarray(tuple(steps), jnp.int32))
     if not options:
         raise ValueError(
-            "There is nothing to draw: give `steps`, or the layer a solver whose `beta` "
-            "is a tuple."
+            "There is nothing to draw: give `steps`, or the layer a solver with a "
+            "tuple `beta`."
         )
     return options
 
