@@ -76,8 +76,8 @@ def test_differences_need_one_backward_pass_of_the_map():
         return jnp.sin(z)
 
     def bwd(z, ct):
-        shape = jax.ShapeDtypeStruct(z.shape, z.dtype)
-        slope = jax.pure_callback(lambda z: np.cos(z).astype(z.dtype), shape, z)
+        # A loop of unknown length has no gradient.
+        slope = jax.lax.while_loop(lambda s: jnp.all(s > 2), lambda s: s, jnp.cos(z))
         return (ct * slope,)
 
     once.defvjp(lambda z: (jnp.sin(z), z), bwd)
