@@ -177,10 +177,15 @@ def test_dropout_needs_a_key_and_is_off_in_inference_mode():
     tokens = jnp.zeros((1, 3), int)
     with pytest.raises(RuntimeError, match="needs a `key` in training"):
         model(tokens)
-    plain = lm()
-    got = eqx.filter_jit(lambda m, t: m(t))(eqx.nn.inference_mode(model), tokens)
-    want = eqx.filter_jit(lambda m, t: m(t))(plain, tokens)
+    block, x = model.deq.cell, model.context(tokens, key=jr.key(0))[0]
+    with pytest.raises(RuntimeError, match="needs a `key` in training"):
+        block(block.initial_state(x), x)
+    assert block.drop.p == model.drop.p == 0.5
+    quiet = eqx.nn.inference_mode(model)
+    want, got = lm().context(tokens)[0], quiet.context(tokens)[0]
     assert error(got, want) <= 1e-6
+    z = jr.normal(jr.key(1), (1, 3, 16))
+    assert error(quiet.deq.cell(z, got), lm().deq.cell(z, want)) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from deqjax.nn import DEQ, Contractive, spectral_bound
 from tests.helpers import error
 
 
-@pytest.mark.parametrize("shape", [(9, 9), (5, 12), (12, 5), (1, 4)])
+@pytest.mark.parametrize("shape", [(9, 9), (5, 12), (1, 4)])
 def test_the_bound_is_above_the_norm_and_close_to_it(shape):
     w = jr.normal(jr.key(0), shape)
     norm = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)[0]
@@ -50,10 +50,8 @@ def dense(layer, shape):
     "settings",
     [
         {"padding": 1},
-        {"padding": 1, "padding_mode": "CIRCULAR"},
-        {"padding": 2, "dilation": 2},
-        {"padding": 1, "stride": 2},
-        {"padding": 1, "groups": 2},
+        {"padding": 1, "padding_mode": "CIRCULAR", "groups": 2},
+        {"padding": 2, "dilation": 2, "stride": 2},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )
