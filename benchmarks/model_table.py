@@ -145,7 +145,10 @@ def memory(row: Row) -> int:
         return jax.grad(loss)(moving)
 
     compiled = jax.jit(gradient).lower(moving, row.data, jr.key(0)).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    account = compiled.memory_analysis()
+    if account is None:
+        raise RuntimeError(f"{jax.default_backend()} gives no account of memory.")
+    return int(account.temp_size_in_bytes)
 
 
 def _is_inexact(leaf: Any) -> bool:

@@ -108,6 +108,7 @@ class VariationalDropout(eqx.Module):
         shape = list(x.shape)
         for axis in self.share:
             shape[axis] = 1
-        keep = 1 - lax.stop_gradient(self.p)
+        p = lax.stop_gradient(self.p) if isinstance(self.p, Array) else self.p
+        keep = 1 - p
         mask = jr.bernoulli(key, keep, tuple(shape))
         return jnp.where(mask, x / keep, 0)
