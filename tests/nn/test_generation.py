@@ -79,6 +79,7 @@ def test_generated_tokens_are_the_likeliest_of_the_parallel_forward():
     np.testing.assert_array_equal(got, text[:, 3:])
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_distribution():
     model = MODELS["explicit"]()
     prompt = jnp.tile(TOKENS[:1, :3], (2000, 1))

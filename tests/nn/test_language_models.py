@@ -130,7 +130,11 @@ def test_compiled_and_eager_agree_and_are_the_gradient_of_the_steps(model):
         assert error(same, want) <= 1e-4
 
 
-def test_copying_is_learned(model):
+@pytest.mark.parametrize(
+    "name", ["RevDEQ", pytest.param("explicit", marks=pytest.mark.slow)]
+)
+def test_copying_is_learned(name):
+    model = MODELS[name]
     trained, losses = language.train(model, loss, steps=100)
     assert float(losses[0]) > 1.5
     assert float(losses[-1]) < 0.15
