@@ -1,6 +1,12 @@
 """Deep equilibrium models and reversible deep equilibrium models for JAX."""
 
-from . import adjoints as adjoints, linear as linear, nn as nn, solvers as solvers
+from . import (
+    adjoints as adjoints,
+    linear as linear,
+    nn as nn,
+    regularise as regularise,
+    solvers as solvers,
+)
 from ._fixed_point import fixed_point as fixed_point
 from .adjoints import (
     BackwardStats as BackwardStats,

@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.extend as jex
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -61,7 +62,10 @@ def fold(
         out = jtu.tree_unflatten(jtu.tree_structure(struct), leaves)
         return eqx.combine(out, static)
 
-    return rest, [values[v] for v in kept_vars], struct
+    kept = [values[v] for v in kept_vars]
+    # Constants that Python numbers were traced to are not arrays.
+    kept = [x if eqx.is_array(x) else jnp.asarray(x) for x in kept]
+    return rest, kept, struct
 
 
 def _split(

@@ -7,6 +7,7 @@ are) and in at least float32, whatever the dtype of the leaves.
 """
 
 import functools as ft
+import math
 import operator
 from typing import Any
 
@@ -69,6 +70,11 @@ def dot(x: PyTree, y: PyTree, batch_ndim: int = 0) -> Reals:
 def norm(x: PyTree, batch_ndim: int = 0) -> Reals:
     """‖x‖₂ per problem. Not to be differentiated: its derivative at 0 is NaN."""
     return jnp.sqrt(dot(x, x, batch_ndim))
+
+
+def size(x: PyTree, batch_ndim: int = 0) -> int:
+    """The number of entries per problem."""
+    return sum(math.prod(a.shape[batch_ndim:]) for a in jtu.tree_leaves(x))
 
 
 def max_abs(x: PyTree, batch_ndim: int = 0) -> Reals:

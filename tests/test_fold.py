@@ -79,6 +79,17 @@ def test_broadcasts_are_not_kept():
     np.testing.assert_allclose(rest(z, kept), broadcast(z, jnp.arange(8.0)), rtol=1e-6)
 
 
+def test_what_is_kept_is_arrays():
+    """Python numbers are traced to constants that are none."""
+
+    def damped(z, args):
+        return z * (1 - jax.lax.stop_gradient(0.25)) + args
+
+    rest, kept, _ = fold(damped, jnp.zeros(3), jnp.ones(3))
+    assert all(isinstance(x, jax.Array) for x in kept)
+    np.testing.assert_allclose(rest(jnp.ones(3), kept), 1.75)
+
+
 def test_constants_that_the_first_part_needs_are_there():
     def shifted(z, args):
         ramp = jnp.arange(3.0) ** 2

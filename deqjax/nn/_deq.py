@@ -9,8 +9,10 @@ from jaxtyping import Array, PyTree
 from .. import _tree
 from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint
+from ..regularise import correction_points
 from ..solvers import Reversible
 from ..solvers._base import check_count
+from ._stateful import refuse_stateful
 
 
 class DEQ(eqx.Module):
@@ -43,6 +45,7 @@ class DEQ(eqx.Module):
     """
 
     cell: Any
+    start: Any = eqx.field(default=None, kw_only=True)
     solver: Any = eqx.field(default=None, kw_only=True)
     adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, kw_only=True)
     max_steps: int = eqx.field(default=64, kw_only=True, static=True)
@@ -53,7 +56,13 @@ class DEQ(eqx.Module):
                 "`cell` must be callable as cell(z, x, *, key=None); got "
                 f"{type(self.cell).__name__}."
             )
+        if not (self.start is None or callable(self.start)):
+            raise TypeError(
+                "`start` must be callable as start(x, *, key=None), or None; got "
+                f"{type(self.start).__name__}. Give a value at the call, as `z0`."
+            )
         check_count("max_steps", self.max_steps, 1)
+        refuse_stateful(self.cell)
 
     def __call__(
         self,
@@ -62,17 +71,20 @@ class DEQ(eqx.Module):
         z0: PyTree = None,
         key: Array | None = None,
         max_steps: int | None = None,
+        options: dict[str, Any] | None = None,
     ) -> PyTree:
         """The fixed point for the input x.
 
         Args:
             x: what the cell takes beside the iterate.
-            z0: the initial iterate; None: `cell.initial_state(x)` where the cell has
-                one, else zeros like x.
-            key: passed to the cell, the same one at every iteration.
+            z0: the initial iterate, a warm start say; None: that of `start`, else
+                `cell.initial_state(x)` where the cell has one, else zeros like x.
+            key: passed to the cell, the same one at every iteration, and to `start`.
             max_steps: in place of the layer's own.
+            options: see `deqjax.fixed_point`.
         """
-        return self.solve(x, z0=z0, key=key, max_steps=max_steps).value
+        sol = self.solve(x, z0=z0, key=key, max_steps=max_steps, options=options)
+        return sol.value
 
     def solve(
         self,
@@ -86,12 +98,10 @@ class DEQ(eqx.Module):
         options: dict[str, Any] | None = None,
     ) -> optx.Solution:
         """As `__call__`, with all that `deqjax.fixed_point` returns."""
-        if z0 is None:
-            initial_state = getattr(self.cell, "initial_state", None)
-            z0 = _tree.zeros_like(x) if initial_state is None else initial_state(x)
+        refuse_stateful(self.cell)
         return fixed_point(
             _apply_cell,
-            z0,
+            self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
             solver=self.solver,
             adjoint=self.adjoint,
@@ -100,6 +110,39 @@ class DEQ(eqx.Module):
             throw=throw,
             options=options,
         )
+
+    def iterates(
+        self,
+        x: PyTree,
+        *,
+        at: tuple[int, ...],
+        z0: PyTree = None,
+        key: Array | None = None,
+        max_steps: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[tuple[PyTree, ...], optx.Solution]:
+        """The iterates after `at` steps, for losses on them, and the solution.
+
+        As `deqjax.regularise.correction_points`, which says what their gradients are.
+        """
+        refuse_stateful(self.cell)
+        return correction_points(
+            _apply_cell,
+            self.initial_state(x, key=key) if z0 is None else z0,
+            (self.cell, x, key),
+            at=at,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            max_steps=self.max_steps if max_steps is None else max_steps,
+            options=options,
+        )
+
+    def initial_state(self, x: PyTree, *, key: Array | None = None) -> PyTree:
+        """Where solves start that are given no `z0`."""
+        if self.start is not None:
+            return self.start(x) if key is None else self.start(x, key=key)
+        of_cell = getattr(self.cell, "initial_state", None)
+        return _tree.zeros_like(x) if of_cell is None else of_cell(x)
 
 
 class RevDEQ(DEQ):
@@ -114,8 +157,10 @@ class RevDEQ(DEQ):
     Args:
         cell: see `DEQ`.
         num_steps: N.
-        beta: weight on the cell, 0 < beta < 1.
+        beta: weight on the cell, 0 < beta < 1; of a tuple of them one is chosen at the
+            call, by `options={"beta": i}` (see `deqjax.nn.draw_options`).
         batch_ndim: see `deqjax.Reversible`.
+        start: see `DEQ`.
 
     Raises:
         ValueError: if an argument is not valid.
@@ -132,10 +177,16 @@ class RevDEQ(DEQ):
     """
 
     def __init__(
-        self, cell: Any, *, num_steps: int = 4, beta: float = 0.5, batch_ndim: int = 0
+        self,
+        cell: Any,
+        *,
+        num_steps: int = 4,
+        beta: float | tuple[float, ...] = 0.5,
+        batch_ndim: int = 0,
+        start: Any = None,
     ):
         check_count("num_steps", num_steps, 1)
-        self.cell = cell
+        self.cell, self.start = cell, start
         self.solver = Reversible(None, None, beta=beta, batch_ndim=batch_ndim)
         self.adjoint = ReversibleAdjoint()
         self.max_steps = num_steps

@@ -1,0 +1,31 @@
+"""Layers with a state of their own have no place inside a cell."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+
+def refuse_stateful(cell: Any) -> None:
+    """Raise if a layer of the cell would update a state at every evaluation.
+
+    A cell must be the same map at every iteration. Batch norm in training is not, and
+    its statistics would be those of iterates that are no data; in inference mode it is
+    an affine map, and allowed.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    kinds = (eqx.nn.StatefulLayer, eqx.nn.StateIndex)
+    found = jtu.tree_leaves_with_path(cell, is_leaf=lambda x: isinstance(x, kinds))
+    for path, layer in found:
+        if isinstance(layer, kinds) and not getattr(layer, "inference", False):
+            raise ValueError(
+                "`cell` must not hold layers with a state; "
+                f"`cell{jtu.keystr(path)}` is a {type(layer).__name__}, which changes "
+                "its state at every call, so that the cell would be another map at "
+                "every iteration. Put it before "
+                "or after the equilibrium layer, use `equinox.nn.GroupNorm`, "
+                "`equinox.nn.LayerNorm` or `deqjax.nn.Contractive` instead, or switch "
+                "it off with `equinox.nn.inference_mode`."
+            )

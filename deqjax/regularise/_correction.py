@@ -1,0 +1,181 @@
+"""Intermediate iterates in the loss."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optimistix as optx
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from .. import _tree
+from .._fixed_point import fixed_point
+from ..adjoints import ReversibleAdjoint, UnrolledAdjoint
+from ..solvers import Reversible
+from ..solvers._base import check_count
+
+
+def correction_points(
+    fn: Callable[[Any, Any], Any],
+    z0: PyTree,
+    args: PyTree = None,
+    *,
+    at: Sequence[int],
+    solver: Any = None,
+    adjoint: optx.AbstractAdjoint | None = None,
+    max_steps: int = 64,
+    options: dict[str, Any] | None = None,
+) -> tuple[tuple[PyTree, ...], optx.Solution]:
+    r"""Iterates on the way to a fixed point, to be given losses of their own.
+
+    The solve is a chain of solves, each from where the one before stopped: to the steps
+    in `at`, then to `max_steps`. A solver that remembers more than its iterate begins
+    anew at each of them: `deqjax.Reversible` with both states at z, others with an
+    empty history. A solve to a tolerance gives the best iterate that it evaluated,
+    after n steps at the latest that after n − 1.
+
+    **Gradients.** Under `deqjax.ReversibleAdjoint` and `deqjax.UnrolledAdjoint` they
+    are exact, for the points and for the solution: those of the steps of the whole
+    chain. Under any other adjoint, which knows a gradient at an equilibrium alone, each
+    part is stopped where it ends, at z_k; the point is one more evaluation there, with
+    the gradient of that evaluation alone; the chain goes on from it; and the solution
+    has the adjoint's own gradient:
+
+    $$ \tilde z_k = f(\mathrm{stop}(z_k), \theta), \qquad
+       \bar\theta \mathrel{+}= (\partial_\theta f)^\top\, \bar{\tilde z}_k $$
+
+    **Cost:** that of the solve; one evaluation per point more under other adjoints.
+
+    Args:
+        fn: see `deqjax.fixed_point`, and so for the others.
+        z0: see there.
+        args: see there.
+        at: numbers of steps from the start, growing, below `max_steps`.
+        solver: see there.
+        adjoint: see there.
+        max_steps: steps of the whole chain, at most.
+        options: see there; without `step_budget` and `record`.
+
+    Returns:
+        The points, and the solution, whose statistics are those of the last part.
+
+    Raises:
+        ValueError: if `at` is not valid, or an option is that of a single solve.
+
+    Example:
+        >>> import deqjax, jax.numpy as jnp
+        >>> points, sol = deqjax.regularise.correction_points(
+        ...     lambda z, a: 0.5 * z + a, jnp.zeros(()), 1.0, at=(1, 2), max_steps=4,
+        ...     solver=deqjax.Picard(None, None), adjoint=deqjax.UnrolledAdjoint())
+        >>> [float(z) for z in (*points, sol.value)]
+        [1.0, 1.5, 1.875]
+
+    References:
+        S. Bai, Z. Geng, Y. Savani, J. Z. Kolter (2022), Deep equilibrium optical flow
+        estimation, doi:10.48550/arXiv.2204.08442.
+    """
+    check_count("max_steps", max_steps, 1)
+    marks = [0, *at, max_steps]
+    for mark in at:
+        check_count("at", mark, 1)
+    if any(a >= b for a, b in itertools.pairwise(marks)):
+        raise ValueError(
+            f"`at` must grow and stay below `max_steps` = {max_steps}; got {tuple(at)}."
+        )
+    single = {"step_budget", "record"} & set({} if options is None else options)
+    if single:
+        raise ValueError(
+            f"`options` {sorted(single)} are those of a single solve; with correction "
+            "points there are several. Leave them out."
+        )
+    exact = isinstance(adjoint, ReversibleAdjoint | UnrolledAdjoint) or (
+        adjoint is None and isinstance(solver, Reversible)
+    )
+    z, points = z0, []
+    parts = [b - a for a, b in itertools.pairwise(marks)]
+    solve = lambda z, steps: fixed_point(
+        fn,
+        z,
+        args,
+        solver=solver,
+        adjoint=adjoint,
+        max_steps=steps,
+        options=options,
+    )
+    for steps in parts[:-1]:
+        z = solve(z, steps).value
+        if exact:
+            points.append(z)
+        else:
+            points.append(fn(lax.stop_gradient(z), args))
+            z = lax.stop_gradient(points[-1])
+    return tuple(points), solve(z, parts[-1])
+
+
+def fixed_point_correction(
+    losses: Sequence[Float[Array, "..."]], gamma: float | int = 0.8
+) -> Float[Array, "..."]:
+    r"""The losses of successive iterates, the later the heavier.
+
+    $$ \sum_{k=0}^{n-1} \gamma^{\,n-k-1} L_k $$
+
+    Args:
+        losses: L_0, …, L_{n−1}, the last one that of the solution.
+        gamma: 0 ≤ γ ≤ 1.
+
+    Returns:
+        The sum.
+
+    Raises:
+        ValueError: if there is no loss, or γ is out of range.
+
+    Example:
+        >>> import deqjax, jax.numpy as jnp
+        >>> losses = [jnp.array(4.0), jnp.array(2.0), jnp.array(1.0)]
+        >>> float(deqjax.regularise.fixed_point_correction(losses, 0.5))
+        3.0
+
+    References:
+        S. Bai, Z. Geng, Y. Savani, J. Z. Kolter (2022), Deep equilibrium optical flow
+        estimation, doi:10.48550/arXiv.2204.08442.
+    """
+    if not losses:
+        raise ValueError("`losses` must hold at least one; got none.")
+    if isinstance(gamma, bool) or not 0 <= gamma <= 1:
+        raise ValueError(f"`gamma` must satisfy 0 ≤ gamma ≤ 1; got {gamma!r}.")
+    *earlier, total = losses
+    for k, loss in enumerate(reversed(earlier)):
+        total = total + gamma ** (k + 1) * loss
+    return total
+
+
+def start_penalty(
+    z0: PyTree, value: PyTree, *, batch_ndim: int = 0
+) -> Float[Array, "*batch"]:
+    r"""The mean squared distance of a learned start from the equilibrium, z* stopped.
+
+    $$ \frac1d \lVert z_0 - \mathrm{stop}(z^*) \rVert^2 $$
+
+    Implicit adjoints give a start no gradient, as the equilibrium does not depend on
+    it; with this in the loss it is trained all the same.
+
+    Args:
+        z0: the start.
+        value: the equilibrium.
+        batch_ndim: leading axes that index problems.
+
+    Returns:
+        The penalty of each problem.
+
+    Example:
+        >>> import deqjax, jax.numpy as jnp
+        >>> z0, z = jnp.zeros((2, 4)), jnp.array([[1.0] * 4, [2.0] * 4])
+        >>> deqjax.regularise.start_penalty(z0, z, batch_ndim=1).tolist()
+        [1.0, 4.0]
+
+    References:
+        A. Pal, A. Edelman, C. Rackauckas (2022), Continuous deep equilibrium models,
+        doi:10.48550/arXiv.2201.12240.
+    """
+    gap = _tree.subtract(z0, lax.stop_gradient(value))
+    return _tree.dot(gap, gap, batch_ndim) / _tree.size(gap, batch_ndim)

@@ -1,0 +1,119 @@
+"""Intermediate iterates in the loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deqjax
+from deqjax.regularise import correction_points, fixed_point_correction
+from tests import helpers
+from tests.helpers import error, weigh
+
+P = helpers.problem("tanh")
+GAMMA = 0.7
+
+
+def loss(p, args, **kwargs):
+    points, sol = correction_points(p.fn, p.z0, args, at=(1, 3), **kwargs)
+    return fixed_point_correction([weigh(z) for z in (*points, sol.value)], GAMMA)
+
+
+def weighted(states):
+    return GAMMA**2 * weigh(states[0]) + GAMMA * weigh(states[1]) + weigh(states[2])
+
+
+def unrolled(p, args):
+    z, states = p.z0, []
+    for k in range(1, 6):
+        z = p.fn(z, args)
+        if k in (1, 3, 5):
+            states.append(z)
+    return weighted(states)
+
+
+def reversible(p, args):
+    z, states = p.z0, []
+    for steps in (1, 2, 2):
+        z = helpers.reversible(p.fn, z, args, steps, 0.5)
+        states.append(z)
+    return weighted(states)
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "reversible", "reversible by default"])
+def test_values_and_gradients_are_exact_where_the_adjoint_is(kind, x64):
+    p = helpers.problem("tanh")
+    if kind == "unrolled":
+        want_of, solver, adjoint = unrolled, deqjax.Picard, deqjax.UnrolledAdjoint()
+    else:
+        want_of, solver = reversible, deqjax.Reversible
+        adjoint = deqjax.ReversibleAdjoint() if kind == "reversible" else None
+    run = lambda a: loss(p, a, max_steps=5, solver=solver(None, None), adjoint=adjoint)
+    got = jax.jit(jax.value_and_grad(run))(p.args)
+    want = jax.jit(jax.value_and_grad(lambda a: want_of(p, a)))(p.args)
+    assert error(got, want) <= 1e-8
+
+
+@pytest.mark.parametrize(
+    "adjoint", [deqjax.ImplicitAdjoint(deqjax.linear.GMRES(1e-12)), deqjax.JFBAdjoint()]
+)
+def test_under_other_adjoints_points_have_the_gradient_of_one_step(adjoint, x64):
+    """The stated rule, and the adjoint's own gradient for the solution."""
+    p = helpers.problem("tanh")
+    tight = deqjax.Picard(1e-13, 1e-13)
+    run = lambda a: loss(p, a, max_steps=300, solver=tight, adjoint=adjoint)
+    value, gradient = jax.jit(jax.value_and_grad(run))(p.args)
+
+    iterates = helpers.picard(p, 2)
+    z = helpers.settle(p)
+
+    def points(args):
+        first, second = (weigh(p.fn(iterates[k], args)) for k in (0, 2))
+        return GAMMA**2 * first + GAMMA * second
+
+    dense = helpers.dense(p)
+    own = dense.jfb if isinstance(adjoint, deqjax.JFBAdjoint) else dense.gradient
+    want = jax.tree.map(jnp.add, jax.jit(jax.grad(points))(p.args), own)
+    assert error(value, points(p.args) + weigh(z)) <= 1e-10
+    assert error(gradient, want) <= 1e-9
+
+
+def test_a_layer_gives_its_iterates():
+    w, x = P.args
+    cell = lambda z, x, key=None: P.fn(z, (w, x))
+    solver = deqjax.Picard(None, None)
+    deq = deqjax.nn.DEQ(
+        cell, solver=solver, adjoint=deqjax.UnrolledAdjoint(), max_steps=4
+    )
+    points, sol = deq.iterates(x, at=(1, 2))
+    want = helpers.picard(P, 4)
+    assert error((points, sol.value), ((want[1], want[2]), want[4])) <= 1e-6
+
+
+def test_weights_fall_with_the_distance_from_the_end():
+    losses = [jnp.array(float(10**k)) for k in range(4)]
+    got = fixed_point_correction(losses, 0.8)
+    want = sum(0.8 ** (4 - k - 1) * 10.0**k for k in range(4))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert float(fixed_point_correction(losses, 0)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: loss(P, P.args, max_steps=3), "`at` must grow.*= 3.*1, 3"),
+        (
+            lambda: correction_points(P.fn, P.z0, P.args, at=(0,)),
+            "`at` must be an integer ≥ 1; got 0",
+        ),
+        (
+            lambda: loss(P, P.args, max_steps=5, options={"step_budget": 2}),
+            "single solve",
+        ),
+        (lambda: fixed_point_correction([]), "at least one"),
+        (lambda: fixed_point_correction([jnp.ones(())], 1.5), "`gamma`.*1.5"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
