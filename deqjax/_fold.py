@@ -64,7 +64,7 @@ def fold(
 
     kept = [values[v] for v in kept_vars]
     # Constants that Python numbers were traced to are not arrays.
-    kept = [x if eqx.is_array(x) else jnp.asarray(x) for x in kept]
+    kept = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in kept]
     return rest, kept, struct
 
 

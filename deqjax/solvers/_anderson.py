@@ -53,7 +53,7 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
     steps that are a quarter as long, until they lead on. The best iterate is returned.
 
     **Cost:** one evaluation per step; f is traced once and compiled once. Beside it,
-    about 2 m + 10 reads of a state. **Memory:** 2 m + 6 copies of z.
+    about 2 m + 10 reads of a state. **Memory:** 2 m + 8 copies of z.
 
     **Converges** for contractions (locally, under mild conditions on α), and for many
     maps that are none; for linear f it is GMRES(m) in effect, if the residual falls at
