@@ -80,7 +80,7 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         >>> f = lambda z, _: 0.99 * z + 1
         >>> sol = deqjax.fixed_point(f, jnp.zeros(()), solver=deqjax.Anderson())
         >>> round(float(sol.value), 2), int(sol.stats["num_evals"])
-        (100.0, 3)
+        (100.0, 4)
 
     References:
         D. G. Anderson (1965), Iterative procedures for nonlinear integral equations,
