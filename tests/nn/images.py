@@ -19,14 +19,14 @@ def count(make, **arguments):
 QUICK = jr.key(0, impl="unsafe_rbg")
 
 
-def fill(make, seed=0):
-    """What `make` makes, every parameter drawn around 0.5: none has a special value."""
+def fill(make, seed=0, mean=0.5):
+    """What `make` makes, every parameter drawn around `mean`: none is special."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        return jnp.asarray(0.5 + rng.normal(size=leaf.shape) / 2, leaf.dtype)
+        return jnp.asarray(mean + rng.normal(size=leaf.shape) / 2, leaf.dtype)
 
     return jax.tree.map(draw, eqx.filter_eval_shape(make, key=jr.key(0)))
 
