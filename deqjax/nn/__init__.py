@@ -1,6 +1,10 @@
 """Layers and models."""
 
 from ._deq import DEQ as DEQ, RevDEQ as RevDEQ
+from ._implicit_resnet import (
+    ImplicitResNet as ImplicitResNet,
+    ImplicitResNetCell as ImplicitResNetCell,
+)
 from ._mdeq import MDEQClassifier as MDEQClassifier
 from ._mdeq_cell import MDEQCell as MDEQCell
 from ._mdeq_segmenter import MDEQSegmenter as MDEQSegmenter
@@ -16,3 +20,4 @@ from ._monotone_deq import (
     MonotoneDEQ as MonotoneDEQ,
     PeacemanRachford as PeacemanRachford,
 )
+from ._revdeq_images import ConvCell as ConvCell, RevDEQClassifier as RevDEQClassifier

@@ -258,10 +258,8 @@ class MDEQClassifier(eqx.Module):
             key: for dropout, one mask per solve.
             max_steps: in place of the model's own.
         """
-        logits, state, _ = self.solve(
-            images, state, z0=z0, key=key, max_steps=max_steps
-        )
-        return logits, state
+        sol, state = self.solve(images, state, z0=z0, key=key, max_steps=max_steps)
+        return self.logits(sol.value, state)
 
     def solve(
         self,
@@ -271,25 +269,38 @@ class MDEQClassifier(eqx.Module):
         z0: Scales | None = None,
         key: PRNGKeyArray | None = None,
         max_steps: int | None = None,
+        throw: bool = False,
         options: dict[str, Any] | None = None,
-    ) -> tuple[Float[Array, "batch classes"], eqx.nn.State, optx.Solution]:
-        """As `__call__`, with the solution of the equilibrium as a third output.
+    ) -> tuple[optx.Solution, eqx.nn.State]:
+        """The equilibrium, with all that `deqjax.fixed_point` returns, and the state.
 
-        `sol.value` holds the equilibrium, one array per scale, `sol.stats["residual"]`
-        its residual per image; see `deqjax.fixed_point`.
+        `logits` of its `value`, one array per scale, are what the model returns;
+        `stats["residual"]` has one entry per image. Arguments as of `__call__` and
+        `deqjax.nn.DEQ.solve`.
         """
-        sol, state = self.backbone(
-            images, state, z0=z0, key=key, max_steps=max_steps, options=options
+        return self.backbone(
+            images,
+            state,
+            z0=z0,
+            key=key,
+            max_steps=max_steps,
+            throw=throw,
+            options=options,
         )
-        y, state = self.bottlenecks[0](sol.value[0], state)
-        for z, block, merge in zip(
-            sol.value[1:], self.bottlenecks[1:], self.merges, strict=True
+
+    def logits(
+        self, z: Scales, state: eqx.nn.State
+    ) -> tuple[Float[Array, "batch classes"], eqx.nn.State]:
+        """The logits that belong to an equilibrium, and the state."""
+        y, state = self.bottlenecks[0](z[0], state)
+        for a, block, merge in zip(
+            z[1:], self.bottlenecks[1:], self.merges, strict=True
         ):
-            h, state = block(z, state)
+            h, state = block(a, state)
             y, state = merge(y, state)
             y = h + y
         y, state = self.final(y, state)
-        return jax.vmap(self.head)(jnp.mean(y, (2, 3))), state, sol
+        return jax.vmap(self.head)(jnp.mean(y, (2, 3))), state
 
     # Published configurations
 

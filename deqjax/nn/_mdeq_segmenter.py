@@ -131,10 +131,8 @@ class MDEQSegmenter(eqx.Module):
             key: for dropout, one mask per solve.
             max_steps: in place of the model's own.
         """
-        logits, state, _ = self.solve(
-            images, state, z0=z0, key=key, max_steps=max_steps
-        )
-        return logits, state
+        sol, state = self.solve(images, state, z0=z0, key=key, max_steps=max_steps)
+        return self.logits(sol.value, state)
 
     def solve(
         self,
@@ -144,16 +142,27 @@ class MDEQSegmenter(eqx.Module):
         z0: Scales | None = None,
         key: PRNGKeyArray | None = None,
         max_steps: int | None = None,
+        throw: bool = False,
         options: dict[str, Any] | None = None,
-    ) -> tuple[Float[Array, "batch classes height width"], eqx.nn.State, optx.Solution]:
-        """As `__call__`, with the solution of the equilibrium as a third output."""
-        sol, state = self.backbone(
-            images, state, z0=z0, key=key, max_steps=max_steps, options=options
+    ) -> tuple[optx.Solution, eqx.nn.State]:
+        """The equilibrium and the state, as `MDEQClassifier.solve`."""
+        return self.backbone(
+            images,
+            state,
+            z0=z0,
+            key=key,
+            max_steps=max_steps,
+            throw=throw,
+            options=options,
         )
-        height, width = sol.value[0].shape[2:]
-        parts = [resize(z, height, width) for z in sol.value]
+
+    def logits(
+        self, z: Scales, state: eqx.nn.State
+    ) -> tuple[Float[Array, "batch classes height width"], eqx.nn.State]:
+        """The logits that belong to an equilibrium, and the state."""
+        parts = [resize(a, *z[0].shape[2:]) for a in z]
         y, state = self.mix(jnp.concatenate(parts, 1), state)
-        return jax.vmap(self.head)(y), state, sol
+        return jax.vmap(self.head)(y), state
 
     # Published configurations
 

@@ -295,14 +295,22 @@ class MonotoneClassifier(eqx.Module):
 
     def __call__(self, x: Array, *, z0: Any = None) -> Float[Array, "batch classes"]:
         """The logits; arguments as for `MonotoneDEQ`."""
-        return self.solve(x, z0=z0)[0]
+        return self.logits(self.solve(x, z0=z0).value)
 
     def solve(
-        self, x: Any, *, z0: Any = None, options: dict[str, Any] | None = None
-    ) -> tuple[Float[Array, "batch classes"], optx.Solution]:
-        """As `__call__`, with the solution of the equilibrium as a second output."""
-        sol = self.layer.solve(x, z0=z0, options=options)
-        return jax.vmap(self.head)(self._features(sol.value)), sol
+        self,
+        x: Any,
+        *,
+        z0: Any = None,
+        throw: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> optx.Solution:
+        """The equilibrium, as `MonotoneDEQ.solve`."""
+        return self.layer.solve(x, z0=z0, throw=throw, options=options)
+
+    def logits(self, z: Any) -> Float[Array, "batch classes"]:
+        """The logits that belong to an equilibrium."""
+        return jax.vmap(self.head)(self._features(z))
 
     def _features(self, z: Any) -> Float[Array, "batch features"]:
         z = z[-1] if isinstance(z, tuple) else z

@@ -120,7 +120,9 @@ def classifier():
 
 
 def classify(model, state, images, key=KEY):
-    return model.solve(images, state, key=key)
+    sol, state = model.solve(images, state, key=key)
+    logits, state = model.logits(sol.value, state)
+    return logits, state, sol
 
 
 run = eqx.filter_jit(classify)
@@ -163,7 +165,7 @@ def test_the_classifier_learns(classifier):
 
     @eqx.filter_value_and_grad(has_aux=True)
     def loss(model, state):
-        logits, state, sol = model.solve(images, state, key=KEY)
+        logits, state, sol = classify(model, state, images)
         return cross_entropy(logits, labels), (state, sol.stats["residual"])
 
     def step(model, state, _):
