@@ -1,6 +1,7 @@
 """Layers and models."""
 
 from ._deq import DEQ as DEQ, RevDEQ as RevDEQ
+from ._hyper import HyperDEQ as HyperDEQ, HyperNetwork as HyperNetwork
 from ._implicit_resnet import (
     ImplicitResNet as ImplicitResNet,
     ImplicitResNetCell as ImplicitResNetCell,
@@ -20,4 +21,5 @@ from ._monotone_deq import (
     MonotoneDEQ as MonotoneDEQ,
     PeacemanRachford as PeacemanRachford,
 )
+from ._ode import NeuralODE as NeuralODE, SteadyStateODE as SteadyStateODE
 from ._revdeq_images import ConvCell as ConvCell, RevDEQClassifier as RevDEQClassifier
