@@ -7,6 +7,8 @@ import jax.random as jr
 import numpy as np
 import optax
 
+from deqjax._fold import fold
+
 
 def count(make, **arguments):
     """Parameters of what `make` makes, without making them."""
@@ -29,6 +31,21 @@ def fill(make, seed=0, mean=0.5):
         return jnp.asarray(mean + rng.normal(size=leaf.shape) / 2, leaf.dtype)
 
     return jax.tree.map(draw, eqx.filter_eval_shape(make, key=jr.key(0)))
+
+
+def repeated(fn, z, args):
+    """Of a solve with `fn`: the primitives of each evaluation, and what is kept."""
+    found = []
+
+    def trace(z, arrays):
+        rest, kept, _ = fold(fn, z, eqx.combine(arrays, static))
+        eqns = jax.make_jaxpr(rest)(z, kept).eqns
+        found.extend(eqn.primitive.name for eqn in eqns)
+        return kept
+
+    # Traced as a whole, so that nothing is compiled.
+    arrays, static = eqx.partition(args, eqx.is_array)
+    return found, jax.eval_shape(trace, z, arrays)
 
 
 def data(classes=2, n=6, side=8, channels=3):

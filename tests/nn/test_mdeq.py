@@ -22,6 +22,7 @@ from tests.nn.images import (
     np_conv,
     np_norm,
     relu,
+    repeated,
     train,
 )
 
@@ -102,6 +103,18 @@ def test_the_cell_is_its_formula_with_one_mask_per_image_and_channel():
     # One mask for one key, whatever the iterate: the solve's map does not change.
     assert identical(step(KEY), got)
     assert error(step(jr.key(9)), got) >= 1e-2
+
+
+def test_weights_and_masks_are_made_once_per_solve():
+    cell = fill(ft.partial(MDEQCell, (2, 4), groups=2, expansion=2, dropout=0.5))
+    x = jnp.ones((1, 2, 4, 4))
+    z = cell.initial_state(x)
+    fn = lambda z, args: args[0](z, args[1], key=args[2])
+    names, _ = repeated(fn, z, (cell, x, KEY))
+    # Six of the convolutions have a weight norm, which takes a square root.
+    assert "sqrt" not in names
+    assert not any("random" in name or "threefry" in name for name in names)
+    assert names.count("conv_general_dilated") == 8
 
 
 # --- the classifier -------------------------------------------------------------------
@@ -199,6 +212,7 @@ def test_resize_keeps_the_corners():
         np.testing.assert_allclose(got[0, c], want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_segmenter_learns():
     @eqx.filter_jit
     def make(key):

@@ -20,8 +20,9 @@ from deqjax.nn import (
     PeacemanRachford,
 )
 from deqjax.nn._fourier import spectral_bound
+from deqjax.nn._monotone_deq import _split
 from tests.helpers import OK, error
-from tests.nn.images import QUICK, count, cross_entropy, data, fill, train
+from tests.nn.images import QUICK, count, cross_entropy, data, fill, repeated, train
 
 SHAPES = {"dense": (2, 3), "two tiers": (2, 2, 4, 2), "three tiers": (2, 2, 4, 8)}
 MAKERS = {
@@ -56,7 +57,9 @@ def one(tree):
 # --- the operators --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dense", "three tiers"])
+@pytest.mark.parametrize(
+    "kind", ["dense", pytest.param("three tiers", marks=pytest.mark.slow)]
+)
 def test_operators_are_monotone_their_inverse_and_bound_are_right(kind):
     operator, x = operator_and_input(kind)
     z = one(operator.initial_state(x))
@@ -179,6 +182,19 @@ def test_twenty_random_starts_and_both_splittings_reach_the_one_equilibrium(kind
             for a in sol.value:
                 assert float(jnp.max(a)) > 0.01
                 assert float(jnp.max(a.at[..., 1:-1, 1:-1].set(0))) == 0
+
+
+def test_inverses_and_bounds_are_made_once_per_solve():
+    operator, x = operator_and_input("two tiers")
+    u = operator.initial_state(x)
+
+    backward, kept = repeated(_split, u, (PeacemanRachford(), operator, x))
+    assert all(jnp.issubdtype(k.dtype, jnp.floating) for k in kept)
+    assert backward.count("fft") == 4  # there and back, for each tier
+    assert "lu" not in backward
+    forward, _ = repeated(_split, u, (ForwardBackward(), operator, x))
+    assert "fft" not in forward
+    assert "sqrt" not in forward  # nor norms of kernels
 
 
 @pytest.mark.parametrize("splitting", SPLITTINGS)
