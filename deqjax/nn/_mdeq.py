@@ -166,7 +166,7 @@ class MDEQClassifier(eqx.Module):
         >>> import deqjax, equinox as eqx, jax, jax.numpy as jnp
         >>> make = eqx.nn.make_with_state(deqjax.nn.MDEQClassifier.cifar10_tiny)
         >>> model, state = eqx.filter_eval_shape(make, key=jax.random.key(0))
-        >>> sum(x.size for x in jax.tree.leaves(model))
+        >>> sum(x.size for x in jax.tree.leaves(model) if hasattr(x, "size"))
         158890
 
     References:

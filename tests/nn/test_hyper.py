@@ -11,9 +11,9 @@ import deqjax
 from deqjax.nn import HyperDEQ, HyperNetwork
 from tests import helpers
 from tests.helpers import OK, error, inner, slope, weigh
-from tests.nn.images import train
+from tests.nn.images import QUICK, train
 
-KEY = jr.key(0)
+KEY = QUICK
 
 
 class Cell(eqx.Module):

@@ -27,10 +27,9 @@ def documented(name):
 
 def training_step(make, shape, stateful, keyed):
     """A compiled step and what to call it with."""
-    init = (
-        eqx.nn.make_with_state(make) if stateful else lambda key: (make(key=key), None)
-    )
-    model, state = eqx.filter_jit(init)(key=QUICK) if stateful else init(QUICK)
+    init = eqx.nn.make_with_state(make) if stateful else make
+    made = eqx.filter_jit(lambda key: init(key=key))(QUICK)
+    model, state = made if stateful else (made, None)
     arrays, static = eqx.partition((model, state), eqx.is_array)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
