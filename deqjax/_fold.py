@@ -49,8 +49,11 @@ def fold(
     once, always = _split(jaxpr.eqns, jaxpr.invars[:size], set(values))
     for eqn in once:
         _step(eqn, values)
+    always = _live(always, jaxpr.outvars)
     used = {v for eqn in always for v in eqn.invars if _is_var(v)}
     used |= {v for v in jaxpr.outvars if _is_var(v)}
+    # Constants that both parts use are made by both.
+    used -= {v for eqn in always for v in eqn.outvars}
     kept_vars = [v for v in values if v in used]
 
     def rest(z: PyTree, kept: list[Array]) -> PyTree:
@@ -76,8 +79,7 @@ def _split(
     once, always = [], []
     for i, eqn in enumerate(eqns):
         invars = {v for v in eqn.invars if _is_var(v)}
-        impure = bool(eqn.effects) or "callback" in eqn.primitive.name
-        if impure or invars & varying:
+        if _is_impure(eqn) or invars & varying:
             always.append(i)
             varying |= set(eqn.outvars)
         elif invars & fixed:
@@ -87,6 +89,21 @@ def _split(
             # Made of constants alone, a mask say: not worth keeping.
             always.append(i)
     return _frontier(eqns, once, always)
+
+
+def _live(eqns: list[Any], outvars: Sequence[Any]) -> list[Any]:
+    """The equations that lead to an output or have an effect.
+
+    Constants that the first part alone needs would otherwise be made again at every
+    evaluation, and what they are made of kept.
+    """
+    needed = {v for v in outvars if _is_var(v)}
+    live = []
+    for eqn in reversed(eqns):
+        if _is_impure(eqn) or needed & set(eqn.outvars):
+            live.append(eqn)
+            needed |= {v for v in eqn.invars if _is_var(v)}
+    return live[::-1]
 
 
 def _frontier(
@@ -118,6 +135,10 @@ def _frontier(
 
 
 # A small interpreter of jaxprs
+
+
+def _is_impure(eqn: Any) -> bool:
+    return bool(eqn.effects) or "callback" in eqn.primitive.name
 
 
 def _is_var(v: Any) -> bool:

@@ -101,6 +101,18 @@ def test_constants_that_the_first_part_needs_are_there():
     np.testing.assert_allclose(rest(z, kept), shifted(z, a), rtol=1e-6)
 
 
+def test_constants_that_the_first_part_alone_needs_stay_there():
+    def fn(z, w):
+        eye = jnp.eye(3)
+        return z @ jnp.linalg.inv(eye + w @ w.T) + jnp.arange(3.0)
+
+    w = jr.normal(jr.key(0), (3, 3))
+    rest, kept, _ = fold(fn, jnp.zeros(3), w)
+    assert [k.shape for k in kept] == [(3, 3)]
+    assert primitives(rest, jnp.ones(3), kept).count("eq") == 0
+    np.testing.assert_allclose(rest(jnp.ones(3), kept), fn(jnp.ones(3), w), rtol=1e-5)
+
+
 def test_an_output_that_does_not_depend_on_the_iterate():
     rest, kept, _ = fold(lambda z, a: (z, {"twice": 2 * a}), jnp.zeros(2), jnp.ones(()))
     z, aux = rest(jnp.ones(2), kept)

@@ -1,0 +1,100 @@
+"""Linear maps that shift with the pixels, in the Fourier domain.
+
+A map of circular images that commutes with shifts multiplies every frequency by a
+matrix. One that commutes with shifts by two pixels does so after blocks of 2 × 2 pixels
+have become channels.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+from .._tree import wide
+
+Grid: TypeAlias = Float[Array, "batch _ _ _"]
+HIGHEST = lax.Precision.HIGHEST
+
+
+def _pack(z: Grid, period: int) -> Grid:
+    """Blocks of period × period pixels become channels."""
+    n, c, h, w = z.shape
+    p = period
+    z = z.reshape(n, c, h // p, p, w // p, p)
+    return z.transpose(0, 1, 3, 5, 2, 4).reshape(n, c * p * p, h // p, w // p)
+
+
+def _unpack(z: Grid, period: int) -> Grid:
+    """The inverse of `_pack`."""
+    n, k, h, w = z.shape
+    p = period
+    z = z.reshape(n, k // (p * p), p, p, h, w).transpose(0, 1, 4, 2, 5, 3)
+    return z.reshape(n, k // (p * p), h * p, w * p)
+
+
+def symbol_of(
+    fn: Callable[[Grid], Grid], like: Grid, period: int
+) -> Complex[Array, "height width outputs inputs"]:
+    """The matrices by which `fn` multiplies each frequency, from its impulse responses.
+
+    A map with stride has one pixel of output for each block of the input.
+    """
+    _, channels, height, width = like.shape
+    h, w = height // period, width // period
+    k = channels * period**2
+    impulses = (
+        jnp.zeros((k, k, h, w), like.dtype)
+        .at[:, :, 0, 0]
+        .set(jnp.eye(k, dtype=like.dtype))
+    )
+    responses = fn(_unpack(impulses, period))
+    responses = _pack(responses, responses.shape[2] // h)
+    return jnp.fft.rfft2(responses.astype(wide(like.dtype))).transpose(2, 3, 1, 0)
+
+
+def invert(
+    symbol: Complex[Array, "height width n n"],
+) -> Float[Array, "height width 2*n 2*n"]:
+    """Inverses, as real matrices that act on real and imaginary parts.
+
+    Not every accelerator inverts complex matrices, and what an adjoint keeps has to be
+    real.
+    """
+    re, im = jnp.real(symbol), jnp.imag(symbol)
+    return jnp.linalg.inv(jnp.block([[re, -im], [im, re]]))
+
+
+def apply_inverse(
+    inverse: Float[Array, "height width twice twice"], z: Grid, period: int
+) -> Grid:
+    """What `invert` returned, applied to images."""
+    packed = _pack(z.astype(wide(z.dtype)), period)
+    spectrum = jnp.fft.rfft2(packed)
+    parts = jnp.concatenate([jnp.real(spectrum), jnp.imag(spectrum)], 1)
+    parts = jnp.einsum("hwoi,nihw->nohw", inverse, parts, precision=HIGHEST)
+    out = jnp.fft.irfft2(lax.complex(*jnp.split(parts, 2, 1)), s=packed.shape[2:])
+    return _unpack(out, period).astype(z.dtype)
+
+
+def spectral_bound(matrices: Array) -> Float[Array, ""]:
+    r"""An upper bound of the largest singular value of a stack of matrices.
+
+    σ ≤ ‖(MᴴM)⁸‖_F^(1/16), at most n^(1/32) too large for n × n matrices; by products
+    alone, which every accelerator has, and which a singular value decomposition of
+    many small matrices would take far longer than.
+    """
+    square = lambda a, b: jnp.matmul(a, b, precision=HIGHEST)
+    frobenius = lambda a: jnp.sqrt(jnp.max(jnp.sum(jnp.abs(a) ** 2, (-2, -1))))
+    size = frobenius(matrices)
+    safe = jnp.where(size > 0, size, 1)
+    unit = matrices / safe.astype(matrices.dtype)
+    power = square(jnp.conj(jnp.swapaxes(unit, -2, -1)), unit)
+    for _ in range(3):
+        power = square(power, power)
+    return safe * frobenius(power) ** (1 / 16)
+
+
+def identity(matrices: Array) -> Array:
+    return jnp.eye(matrices.shape[-1], dtype=matrices.dtype)

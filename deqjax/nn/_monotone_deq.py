@@ -1,0 +1,397 @@
+"""Monotone operator equilibrium networks, and the splittings that solve them."""
+
+import abc
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optimistix as optx
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .. import _tree
+from .._fixed_point import fixed_point
+from ..solvers._base import check_count
+from ._images import batched_solver, check_sizes
+from ._monotone import AbstractMonotone, MonotoneConv, MonotoneDense
+
+
+class AbstractSplitting(eqx.Module):
+    """A map of which the fixed points tell the solutions of z = relu(W z + U x + b)."""
+
+    @abc.abstractmethod
+    def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
+        """The iterate that belongs to z."""
+
+    @abc.abstractmethod
+    def step(self, operator: AbstractMonotone, bias: Any, u: Any) -> Any:
+        """The map. What does not depend on u is computed once per solve."""
+
+    @abc.abstractmethod
+    def read(self, operator: AbstractMonotone, u: Any) -> Any:
+        """The z that belongs to an iterate."""
+
+
+class ForwardBackward(AbstractSplitting):
+    r"""Forward–backward splitting.
+
+    $$ z \mapsto \mathrm{relu}\bigl(z - \alpha\,((I - W) z - U x - b)\bigr) $$
+
+    **Cost:** one product with W per evaluation. **Converges**, iterated by
+    `deqjax.Picard`, if α < 2m / L², L = ‖I − W‖₂: with the default α = m / L² each step
+    contracts by √(1 − m² / L²) or better. For larger α it may fail, visibly.
+
+    Args:
+        alpha: step size α; None: m / L², with an upper bound of L computed once per
+            solve. The equilibrium does not depend on it.
+
+    Raises:
+        ValueError: if `alpha` is not positive.
+
+    References:
+        E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
+        doi:10.48550/arXiv.2006.08591.
+    """
+
+    alpha: float | None = None
+
+    def __check_init__(self):
+        if self.alpha is not None:
+            _check_alpha(self.alpha)
+
+    def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
+        return z
+
+    def step(self, operator: AbstractMonotone, bias: Any, u: Any) -> Any:
+        alpha = self.alpha
+        if alpha is None:
+            bound = operator.lipschitz(_tree.zeros_like(u))
+            alpha = lax.stop_gradient(operator.m / bound**2)
+        return operator.activate(_gradient_step(operator, bias, u, alpha))
+
+    def read(self, operator: AbstractMonotone, u: Any) -> Any:
+        return u
+
+
+class PeacemanRachford(AbstractSplitting):
+    r"""Peaceman–Rachford splitting.
+
+    $$ u \mapsto 2 V (v + \alpha (U x + b)) - v, \qquad v = 2\,\mathrm{relu}(u) - u,
+       \qquad V = (I + \alpha (I - W))^{-1}, \qquad z = \mathrm{relu}(u) $$
+
+    **Cost:** one application of V per evaluation; V is made once per solve.
+    **Converges**, iterated by `deqjax.Picard`, for every α > 0, since m > 0; fastest
+    near α = 1 / ‖I − W‖₂. With `Picard(beta=0.5)` it is Douglas–Rachford splitting.
+
+    Args:
+        alpha: step size α. The equilibrium does not depend on it.
+
+    Raises:
+        ValueError: if `alpha` is not positive.
+
+    References:
+        E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
+        doi:10.48550/arXiv.2006.08591.
+    """
+
+    alpha: float = 1.0
+
+    def __check_init__(self):
+        _check_alpha(self.alpha)
+
+    def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
+        # For an equilibrium z this is the fixed point.
+        return _gradient_step(operator, bias, z, self.alpha)
+
+    def step(self, operator: AbstractMonotone, bias: Any, u: Any) -> Any:
+        resolvent = operator.resolvent(self.alpha, _tree.zeros_like(u))
+        reflect = lambda a, b: 2 * a - b
+        v = jax.tree.map(reflect, operator.activate(u), u)
+        shifted = jax.tree.map(lambda a, b: a + self.alpha * b, v, bias)
+        return jax.tree.map(reflect, resolvent(shifted), v)
+
+    def read(self, operator: AbstractMonotone, u: Any) -> Any:
+        return operator.activate(u)
+
+
+class MonotoneDEQ(eqx.Module):
+    r"""A monotone operator equilibrium layer (monDEQ).
+
+    $$ z^* = \mathrm{relu}(W z^* + U x + b), \qquad I - W \succeq m I, \quad m > 0 $$
+
+    **Guarantee:** for every value of the parameters there is exactly one equilibrium,
+    and both splittings converge to it (under `deqjax.Picard`, from any start).
+
+    The gradient is the adjoint's of the splitting's map: the two maps have the same
+    fixed points, hence the same implicit gradient.
+
+    Args:
+        operator: a `MonotoneDense` or `MonotoneConv`.
+        splitting: `PeacemanRachford` or `ForwardBackward`; default: the first.
+        solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`. Default:
+            `deqjax.Picard(batch_ndim=1)`, for which the guarantee holds.
+        adjoint: see `deqjax.fixed_point`.
+        max_steps: see `deqjax.fixed_point`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not valid.
+
+    Example:
+        >>> import deqjax, jax, jax.numpy as jnp
+        >>> operator = deqjax.nn.MonotoneDense(3, 5, key=jax.random.key(0))
+        >>> layer = deqjax.nn.MonotoneDEQ(operator)
+        >>> layer(jnp.ones((2, 3))).shape
+        (2, 5)
+
+    References:
+        E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
+        doi:10.48550/arXiv.2006.08591.
+    """
+
+    operator: AbstractMonotone
+    splitting: AbstractSplitting
+    solver: Any
+    adjoint: optx.AbstractAdjoint | None
+    max_steps: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        operator: AbstractMonotone,
+        *,
+        splitting: AbstractSplitting | None = None,
+        solver: Any = None,
+        adjoint: optx.AbstractAdjoint | None = None,
+        max_steps: int = 300,
+    ):
+        splitting = PeacemanRachford() if splitting is None else splitting
+        for name, value, kind in (
+            ("operator", operator, AbstractMonotone),
+            ("splitting", splitting, AbstractSplitting),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"`{name}` must be an instance of a subclass of {kind.__name__}; "
+                    f"got {value!r}."
+                )
+        check_count("max_steps", max_steps, 1)
+        self.operator = operator
+        self.splitting = splitting
+        self.solver = batched_solver(solver)
+        self.adjoint = adjoint
+        self.max_steps = max_steps
+
+    def __call__(self, x: Array, *, z0: Any = None) -> Any:
+        """The equilibrium for a batch of inputs.
+
+        Args:
+            x: for `MonotoneDense` of shape (batch, features), for `MonotoneConv` of
+                shape (batch, channels, height, width).
+            z0: where to start; None: zeros.
+        """
+        return self.solve(x, z0=z0).value
+
+    def solve(
+        self,
+        x: Any,
+        *,
+        z0: Any = None,
+        throw: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> optx.Solution:
+        """As `__call__`, with all that `deqjax.fixed_point` returns.
+
+        `value` is the equilibrium z; statistics are those of the splitting's map.
+        """
+        operator = self.operator
+        zeros = operator.initial_state(x)
+        if z0 is None:
+            start = zeros
+        else:
+            start = self.splitting.start(operator, operator.inject(x), z0)
+        sol = fixed_point(
+            _split,
+            start,
+            (self.splitting, operator, x),
+            solver=self.solver,
+            adjoint=self.adjoint,
+            max_steps=self.max_steps,
+            throw=throw,
+            options=options,
+        )
+        value = self.splitting.read(operator, sol.value)
+        return eqx.tree_at(lambda s: s.value, sol, value)
+
+    def equation(self, z: Any, x: Any) -> Any:
+        """relu(W z + U x + b), of which the equilibrium is the fixed point."""
+        bias = self.operator.inject(x)
+        sums = jax.tree.map(jnp.add, self.operator.multiply(z), bias)
+        return self.operator.activate(sums)
+
+
+class MonotoneClassifier(eqx.Module):
+    """A linear classifier of a monotone equilibrium's coarsest tier.
+
+    | constructor | parameters | equilibrium | inputs |
+    |---|---|---|---|
+    | `mnist_dense` | 84,313 | 87 | 784 |
+    | `cifar10_conv` | 172,218 | 81 × 34 × 34 | 3 × 32 × 32 |
+    | `cifar10_tiers` | 170,194 | 16 × 34 × 34, 32 × 18 × 18, 60 × 10 × 10 | 3 × 32 × 32 |
+    | `cifar10_conv_large` | 853,612 | 200 × 34 × 34 | 3 × 32 × 32 |
+    | `cifar10_tiers_large` | 1,014,546 | 64 × 34 × 34, 128 × 18 × 18, 128 × 10 × 10 | 3 × 32 × 32 |
+
+    **Differences from the source:** see `MonotoneConv`; the step size α of the
+    splitting is not tuned during training; the authors stop at a relative change of
+    1e-2 in z of the whole batch.
+
+    Args:
+        layer: the equilibrium.
+        shape: of one input, without the batch.
+        num_classes: length of the output.
+        pool: side of the squares over which a convolutional equilibrium is averaged;
+            rows and columns that do not fill a square are left out.
+        key: decides the initial parameters.
+
+    Raises:
+        TypeError, ValueError: if an argument is not valid.
+
+    Example:
+        >>> import deqjax, equinox as eqx, jax
+        >>> make = deqjax.nn.MonotoneClassifier.cifar10_conv
+        >>> model = eqx.filter_eval_shape(make, key=jax.random.key(0))
+        >>> sum(x.size for x in jax.tree.leaves(model) if hasattr(x, "size"))
+        172218
+
+    References:
+        E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
+        doi:10.48550/arXiv.2006.08591.
+    """  # noqa: E501
+
+    layer: MonotoneDEQ
+    head: eqx.nn.Linear
+    pool: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: MonotoneDEQ,
+        shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        pool: int = 1,
+        key: PRNGKeyArray,
+    ):
+        check_sizes("num_classes", num_classes)
+        check_sizes("pool", pool)
+        self.layer = layer
+        self.pool = pool
+        weight = layer.operator.U.weight  # pyright: ignore[reportAttributeAccessIssue]
+        example = jax.ShapeDtypeStruct((1, *shape), weight.dtype)
+        features = eqx.filter_eval_shape(
+            lambda x: self._features(layer.operator.initial_state(x)), example
+        )
+        self.head = eqx.nn.Linear(features.shape[1], num_classes, key=key)
+
+    def __call__(self, x: Array, *, z0: Any = None) -> Float[Array, "batch classes"]:
+        """The logits; arguments as for `MonotoneDEQ`."""
+        return self.logits(self.solve(x, z0=z0).value)
+
+    def solve(
+        self,
+        x: Any,
+        *,
+        z0: Any = None,
+        throw: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> optx.Solution:
+        """The equilibrium, as `MonotoneDEQ.solve`."""
+        return self.layer.solve(x, z0=z0, throw=throw, options=options)
+
+    def logits(self, z: Any) -> Float[Array, "batch classes"]:
+        """The logits that belong to an equilibrium."""
+        return jax.vmap(self.head)(self._features(z))
+
+    def _features(self, z: Any) -> Float[Array, "batch features"]:
+        z = z[-1] if isinstance(z, tuple) else z
+        if z.ndim == 4:
+            p = self.pool
+            n, c, h, w = z.shape
+            z = z[:, :, : h // p * p, : w // p * p]
+            z = jnp.mean(z.reshape(n, c, h // p, p, w // p, p), (3, 5))
+        return z.reshape(len(z), -1)
+
+    # Published configurations
+
+    @classmethod
+    def mnist_dense(cls, *, key: PRNGKeyArray, **settings: Any) -> "MonotoneClassifier":
+        """84,313 parameters; `settings` go to `MonotoneDEQ`."""
+        key1, key2 = jr.split(key)
+        operator = MonotoneDense(784, 87, key=key1)
+        return cls(MonotoneDEQ(operator, **settings), (784,), 10, key=key2)
+
+    @classmethod
+    def cifar10_conv(
+        cls, *, key: PRNGKeyArray, **settings: Any
+    ) -> "MonotoneClassifier":
+        """172,218 parameters; `settings` go to `MonotoneDEQ`."""
+        return cls._convolutional((81,), 4, key, settings)
+
+    @classmethod
+    def cifar10_tiers(
+        cls, *, key: PRNGKeyArray, **settings: Any
+    ) -> "MonotoneClassifier":
+        """170,194 parameters; `settings` go to `MonotoneDEQ`."""
+        return cls._convolutional((16, 32, 60), 1, key, settings)
+
+    @classmethod
+    def cifar10_conv_large(
+        cls, *, key: PRNGKeyArray, **settings: Any
+    ) -> "MonotoneClassifier":
+        """853,612 parameters; `settings` go to `MonotoneDEQ`."""
+        return cls._convolutional((200,), 4, key, settings)
+
+    @classmethod
+    def cifar10_tiers_large(
+        cls, *, key: PRNGKeyArray, **settings: Any
+    ) -> "MonotoneClassifier":
+        """1,014,546 parameters; `settings` go to `MonotoneDEQ`."""
+        return cls._convolutional((64, 128, 128), 1, key, settings)
+
+    @classmethod
+    def _convolutional(
+        cls,
+        channels: tuple[int, ...],
+        pool: int,
+        key: PRNGKeyArray,
+        settings: dict[str, Any],
+    ) -> "MonotoneClassifier":
+        key1, key2 = jr.split(key)
+        operator = MonotoneConv(3, channels, key=key1)
+        layer = MonotoneDEQ(operator, **settings)
+        return cls(layer, (3, 32, 32), 10, pool=pool, key=key2)
+
+
+def _split(u: Any, args: tuple[AbstractSplitting, AbstractMonotone, Any]) -> Any:
+    splitting, operator, x = args
+    return splitting.step(operator, operator.inject(x), u)
+
+
+def _gradient_step(operator: AbstractMonotone, bias: Any, z: Any, alpha: Any) -> Any:
+    """z − α ((I − W) z − bias)."""
+    return jax.tree.map(
+        lambda a, wa, b: a + _cast(alpha, a) * (wa - a + b),
+        z,
+        operator.multiply(z),
+        bias,
+    )
+
+
+def _cast(alpha: Any, like: Array) -> Any:
+    return alpha.astype(like.dtype) if isinstance(alpha, Array) else alpha
+
+
+def _check_alpha(alpha: Any) -> None:
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"`alpha` must be a positive number; got {alpha!r}.")
