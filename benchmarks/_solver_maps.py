@@ -126,14 +126,11 @@ def characters(seed: int, size: int) -> dict[str, Problem]:
     }
     y = jnp.asarray(np.sin(2 * np.pi * np.arange(size) / size) + 0.1 * rng.normal())
     problems["stiff"] = Problem(euler, y, (y, jnp.asarray(0.5)), "implicit Euler step")
+    width = size // 2
     for name, gain in (("normalised", 0.9), ("normalised, steep", 2.5)):
-        w, u = rng.normal(size=(2, size, size))
-        x = jnp.asarray(rng.normal(size=(8, size)))
-        args = (
-            jnp.asarray(gain * w / np.linalg.norm(w, 2)),
-            jnp.asarray(u / size**0.5),
-            x,
-        )
+        w, u = (jnp.asarray(m) for m in rng.normal(size=(2, width, width)))
+        x = jnp.asarray(rng.normal(size=(4, width)))
+        args = gain * w / jnp.linalg.norm(w, 2), u / width**0.5, x
         problems[name] = Problem(block, jnp.zeros_like(x), args, f"gain {gain}")
     return problems
 

@@ -200,19 +200,13 @@ def _reach(
     return row
 
 
-@ft.cache
-def _newton(fn: Callable) -> Callable:
-    solver = deqjax.NewtonKrylov(1e-12, 1e-13)
-
-    def solve(start: jax.Array, args: Any) -> Any:
-        return deqjax.fixed_point(fn, start, args, solver=solver, max_steps=500)
-
-    return solve
-
-
 def equilibrium(problem: Problem) -> jax.Array:
-    """The fixed point, or the point of smallest residual that Newton's method finds."""
-    return _newton(problem.fn)(problem.start, problem.args).value
+    """The fixed point that Newton's method finds, or else Anderson acceleration."""
+    for solver in (deqjax.NewtonKrylov(1e-10, 1e-12), deqjax.Anderson(1e-10, 1e-12)):
+        sol = deqjax.fixed_point(*problem[:3], solver=solver, max_steps=500)
+        if bool(sol.stats["converged"]):
+            return sol.value
+    raise RuntimeError("No fixed point found; choose another `--seed`.")
 
 
 def description(name: str, problem: Problem) -> dict[str, Any]:

@@ -54,11 +54,13 @@ def command_line() -> argparse.ArgumentParser:
         default=(8, 128, 256),
         help="batch, tokens and width, a multiple of 8",
     )
-    add("--steps", type=int, default=16, help="of the overhead's solves (default 16)")
-    add("--runs", type=int, nargs=2, default=(100, 10), help="MLP's, transformer's")
+    both = {"type": int, "nargs": 2, "metavar": ("MLP", "TRANSFORMER")}
+    add("--steps", default=(16, 8), help="of the overhead's solves (16, 8)", **both)
+    add("--runs", default=(100, 6), help="of each, in turns (100, 6)", **both)
     add("--size", type=int, default=64, help="of the maps of known character")
     add("--limit", type=int, default=20000, help="most evaluations")
     add("--only", nargs="+", default=None, help="solvers to measure, by name")
+    add("--maps", nargs="+", default=None, help="maps to measure on, by name")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
     add("--out", type=pathlib.Path, default=None, help="where to write the results")
     add("--redraw", action="store_true", help="only draw what was measured before")
@@ -74,37 +76,37 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "limit": options.limit,
     }
-    chosen = lambda every: {
-        k: v for k, v in every.items() if options.only is None or k in options.only
+    of = lambda every, names: {
+        k: v for k, v in every.items() if names is None or k in names
     }
     if "overhead" in options.parts:
         problems = maps.layers(options.seed, options.mlp, options.transformer)
+        field = of(entrants.for_overhead(), options.only)
         results["overhead"] = [
             row
-            for (name, problem), runs in zip(
-                problems.items(), options.runs, strict=True
+            for name, steps, runs in zip(
+                problems, options.steps, options.runs, strict=True
             )
-            for row in measures.overhead(
-                name, problem, chosen(entrants.for_overhead()), options.steps, runs
-            )
+            if options.maps is None or name in options.maps
+            for row in measures.overhead(name, problems[name], field, steps, runs)
         ]
     with jax.enable_x64(True):
-        problems = maps.characters(options.seed, options.size)
+        problems = of(maps.characters(options.seed, options.size), options.maps)
         if "work" in options.parts:
             results["maps"] = [
                 measures.description(name, problem)
                 for name, problem in problems.items()
             ]
-            field = chosen(entrants.for_work())
+            field = of(entrants.for_work(), options.only)
             results["work"] = [
                 row
                 for name, problem in problems.items()
                 for row in measures.work(name, problem, field, options.limit)
             ]
         if "choices" in options.parts:
-            some = {k: v for k, v in problems.items() if k in measures.VARIED}
+            some = of(problems, measures.VARIED)
             results["choices"] = measures.choices(some, options.limit)
-            some = {k: v for k, v in problems.items() if k in measures.BATCHED}
+            some = of(problems, measures.BATCHED)
             results["batches"] = measures.batches(some, options.limit)
     return results
 

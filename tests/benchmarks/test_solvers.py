@@ -94,30 +94,33 @@ def test_the_tables_of_the_documentation_are_the_ones_recorded():
 def test_the_maps_are_what_they_are_called():
     with jax.enable_x64(True):
         problems = maps.characters(seed=3, size=8)
-        for name, problem in problems.items():
-            if name.startswith("radius"):
-                _, star = problem.args
-                found = maps.spectrum(problem, star)["spectral radius"]
-                assert found == pytest.approx(float(name.split()[1]), rel=1e-9)
-        _, star = problems["complex spectrum"].args
-        flat = jax.jacfwd(problems["complex spectrum"].fn)
-        jacobian = np.asarray(flat(star, problems["complex spectrum"].args))
-        np.testing.assert_allclose(abs(np.linalg.eigvals(jacobian)), 0.95, rtol=1e-9)
+        problem = problems["radius 0.99"]
+        found = maps.spectrum(problem, problem.args[1])
+        assert found["spectral radius"] == pytest.approx(0.99, rel=1e-9)
+        assert found["norm"] == pytest.approx(0.99, rel=1e-9)
+        moduli = {
+            name: abs(np.linalg.eigvals(problems[name].args[0]))
+            for name in ("complex spectrum", "non-normal", "not contractive")
+        }
+    np.testing.assert_allclose(moduli["complex spectrum"], 0.95, rtol=1e-9)
+    assert moduli["non-normal"].max() < 0.8
+    assert moduli["not contractive"].max() == pytest.approx(3, rel=1e-9)
 
 
 def test_a_tiny_run_is_whole(tmp_path):
     options = solvers.command_line().parse_args(
         [
             *("--mlp", "2", "8", "--transformer", "1", "4", "8"),
-            *("--size", "8", "--steps", "2", "--runs", "2", "2", "--limit", "200"),
+            *("--size", "8", "--steps", "2", "2", "--runs", "2", "2", "--limit", "200"),
             *("--only", "Picard", "--parts", "overhead", "work"),
+            *("--maps", "MLP", "radius 0.5", "not contractive"),
             *("--out", str(tmp_path / "solvers.json")),
         ]
     )
     with jax.numpy_dtype_promotion("standard"):
         results = solvers.run(options)
     check_schema(results)
-    assert [row["evaluations"] for row in results["overhead"]] == [2, 2]
+    assert [row["evaluations"] for row in results["overhead"]] == [2]
     # z_n − z* = A (z_{n−1} − z*) nearly: as many steps as the radius asks for.
     count = evaluations(results, "radius 0.5", "Picard")
     assert count == pytest.approx(math.log(1e6) / math.log(2), abs=3)
