@@ -186,7 +186,9 @@ def figure(results: dict[str, Any], path: pathlib.Path) -> None:
     left.set_xticks(range(len(names)), names, rotation=35, ha="right")
     left.set_ylabel("evaluations of f (+ products with J)")
     left.set_title("to a relative residual of 1e-6")
-    left.legend(fontsize=7, ncols=2)
+    fig.legend(
+        *left.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8
+    )
     left.grid(alpha=0.3)
 
     solvers = _names(results["overhead"], "solver")

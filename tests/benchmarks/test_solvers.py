@@ -82,8 +82,19 @@ def test_the_advice_of_the_documentation_holds(recorded):
     assert of("not contractive", "Picard, β = 0.4") < math.inf
     assert of("not contractive", "Anderson(5)") < math.inf
     assert of("stiff", "NewtonKrylov") < math.inf
+    assert of("normalised", "Anderson(5)") < of("normalised", "Picard") / 2
     # Vectors turned by all angles: a memory of few steps knows nothing of the next.
     assert of("complex spectrum", "Anderson(5)") >= of("complex spectrum", "Picard") / 2
+
+
+def test_only_a_batch_taken_apart_solves_every_problem(recorded):
+    worst = {
+        (row["solver"], row["batch_ndim"]): max(row["relative residuals"])
+        for row in recorded["batches"]
+    }
+    for solver in ("Picard", "Anderson"):
+        assert worst[solver, 0] > measures.TOLERANCES[0]
+        assert worst[solver, 1] <= measures.TOLERANCES[0] * (1 + 1e-6)
 
 
 def test_the_tables_of_the_documentation_are_the_ones_recorded():
