@@ -12,28 +12,12 @@ from ._deq_transformer_lm import (
 )
 from ._dropout import VariationalDropout as VariationalDropout
 from ._generation import Cache as Cache, generate as generate
-from ._layers import count_parameters as count_parameters
-from ._normalise import Contractive as Contractive, spectral_bound as spectral_bound
-from ._revdeq_lm import RevDEQBlock as RevDEQBlock, RevDEQLM as RevDEQLM
-from ._schedules import (
-    Pretraining as Pretraining,
-    draw_options as draw_options,
-    unrolled as unrolled,
-)
-from ._starts import (
-    LearnedStart as LearnedStart,
-    NoisyStart as NoisyStart,
-    solve_stream as solve_stream,
-)
-from ._transformer_lm import (
-    TransformerBlock as TransformerBlock,
-    TransformerLM as TransformerLM,
-)
 from ._hyper import HyperDEQ as HyperDEQ, HyperNetwork as HyperNetwork
 from ._implicit_resnet import (
     ImplicitResNet as ImplicitResNet,
     ImplicitResNetCell as ImplicitResNetCell,
 )
+from ._layers import count_parameters as count_parameters
 from ._mdeq import MDEQClassifier as MDEQClassifier
 from ._mdeq_cell import MDEQCell as MDEQCell
 from ._mdeq_segmenter import MDEQSegmenter as MDEQSegmenter
@@ -49,5 +33,21 @@ from ._monotone_deq import (
     MonotoneDEQ as MonotoneDEQ,
     PeacemanRachford as PeacemanRachford,
 )
+from ._normalise import Contractive as Contractive, spectral_bound as spectral_bound
 from ._ode import NeuralODE as NeuralODE, SteadyStateODE as SteadyStateODE
 from ._revdeq_images import ConvCell as ConvCell, RevDEQClassifier as RevDEQClassifier
+from ._revdeq_lm import RevDEQBlock as RevDEQBlock, RevDEQLM as RevDEQLM
+from ._schedules import (
+    Pretraining as Pretraining,
+    draw_options as draw_options,
+    unrolled as unrolled,
+)
+from ._starts import (
+    LearnedStart as LearnedStart,
+    NoisyStart as NoisyStart,
+    solve_stream as solve_stream,
+)
+from ._transformer_lm import (
+    TransformerBlock as TransformerBlock,
+    TransformerLM as TransformerLM,
+)
