@@ -22,9 +22,9 @@ from ._base import AbstractSolver, Progress, statistics
 Memory = TypeVar("Memory")
 
 # A residual this many times the smallest one seen is a step gone astray, …
-GROWTH = 1e2
+GROWTH = 1e4
 # … and so are this many steps times the history without a new smallest one.
-PATIENCE = 3
+PATIENCE = 10
 # After a setback the iterate is at this part of the way from the best to the stray one,
 # and the steps from there are shorter by the same factor.
 RETREAT = 0.25

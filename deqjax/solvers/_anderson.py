@@ -47,8 +47,8 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
     the residuals gains a row per step and is kept in at least float32, as is the small
     system, which is solved by elimination, without a library call.
 
-    **Safeguards**, per problem: an iterate whose residual is not finite or 100 times
-    the smallest, or 3 m steps without a smaller one, empties the history; the solve
+    **Safeguards**, per problem: an iterate whose residual is not finite or 10⁴ times
+    the smallest, or 10 m steps without a smaller one, empties the history; the solve
     goes back to within a quarter of the way from the best iterate, and on from there by
     steps that are a quarter as long, until they lead on. The best iterate is returned.
 
