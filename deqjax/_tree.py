@@ -162,11 +162,16 @@ def stack_of_zeros(row: PyTree, length: int, axis: int = 0) -> PyTree:
 # where it can be, since XLA then reads it in place for a matrix-vector product.
 
 
-def _flat(a: Array, batch_ndim: int) -> Array:
+def _spread(a: Array, batch_ndim: int) -> bool:
+    """Whether axes behind those of the batch are known to be sharded."""
     spec = getattr(jax.typeof(a).sharding, "spec", ())
-    if a.ndim <= batch_ndim + 1 or any(s is not None for s in spec[batch_ndim:]):
+    return any(axis is not None for axis in spec[batch_ndim:])
+
+
+def _flat(a: Array, batch_ndim: int) -> Array:
+    if a.ndim <= batch_ndim + 1 or a.size == 0 or _spread(a, batch_ndim):
         return a
-    return a.reshape((*a.shape[:batch_ndim], -1)) if a.size else a
+    return a.reshape((*a.shape[:batch_ndim], -1))
 
 
 def ring(x: PyTree, length: int, batch_ndim: int = 0) -> PyTree:
@@ -200,6 +205,10 @@ def dots(rows: PyTree, x: PyTree, batch_ndim: int = 0) -> Reals:
 
     def leaf(a: Array, b: Array) -> Reals:
         b = _flat(b, batch_ndim).astype(a.dtype)
+        if _spread(b, batch_ndim):
+            # On explicit axes a product may not sum over what is sharded.
+            a, b = (x.astype(wide(x.dtype)) for x in (a, b))
+            return _reduce(a * jnp.expand_dims(b, batch_ndim), batch_ndim + 1)
         inner = tuple(range(batch_ndim + 1, a.ndim)), tuple(range(batch_ndim, b.ndim))
         return lax.dot_general(
             a,
