@@ -1,5 +1,8 @@
 """Settings of all tests. Annotations are checked by the option in pyproject.toml."""
 
+import gc
+import pathlib
+
 import jax
 import pytest
 
@@ -7,6 +10,20 @@ import pytest
 # two devices are enough to see whether a batch stays sharded.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(autouse=True)
+def few_maps():
+    """Forget compiled programs before there are too many for one process.
+
+    Each takes several memory maps, of which Linux allows a process 65,530; then
+    compiling ends in a segmentation fault.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

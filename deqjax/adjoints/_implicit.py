@@ -238,7 +238,7 @@ def _implicit_jvp(primals, tangents):
         return _residual(rewrite_fn, inputs._replace(fn=fn, args=args), z)
 
     state = eqx.combine(extras.dynamic_state, extras.static_state.value)
-    inverse = inverse.after(lax.stop_gradient(state))
+    inverse = inverse.after(state)
     at, live = value, None
     if inverse.shields:
         at, live = safe_point(value, inputs.y0, inverse.batch_ndim)

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
+from jax import lax
 from jaxtyping import PyTree
 
 from .. import _tree
@@ -26,6 +27,7 @@ class _Estimate(AbstractInverse):
     batch_ndim: int
 
     def after(self, state: PyTree) -> AbstractInverse:
+        state = lax.stop_gradient(state)
         return eqx.tree_at(
             lambda inverse: inverse.state, self, state, is_leaf=lambda x: x is None
         )

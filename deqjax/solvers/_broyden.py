@@ -57,7 +57,7 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
     direction in which B is singular to rounding.
 
     **Cost:** one evaluation per step; f is traced once and compiled once. Beside it,
-    about 3 m + 10 reads of a state. **Memory:** m + 8 copies of z.
+    about 3 m + 10 reads of a state. **Memory:** m + 9 copies of z.
 
     **Converges** superlinearly near a fixed point where I − J is nonsingular, if the
     memory lasts, whether or not f contracts. **Fails** visibly otherwise:
