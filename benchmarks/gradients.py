@@ -109,6 +109,7 @@ def gradients() -> dict[str, Entrant]:
         library, ft.partial(_solved, make, solver), **kept
     )
     gmres, neumann = deqjax.linear.GMRES, deqjax.linear.Neumann
+    broyden = ft.partial(deqjax.Broyden, history=30)
     krylov = lambda: lx.GMRES(rtol=_linear(), atol=_linear(), restart=30)
     found = {
         "Implicit": at(deqjax.ImplicitAdjoint, exact=True),
@@ -124,10 +125,8 @@ def gradients() -> dict[str, Entrant]:
         "Unrolled, last 5": at(lambda: deqjax.UnrolledAdjoint(last=5)),
         "Neumann(5)": at(lambda: deqjax.NeumannAdjoint(5)),
         "Phantom(5, β = 0.5)": at(lambda: deqjax.PhantomAdjoint(5, 0.5)),
-        "Shine": at(deqjax.ShineAdjoint, deqjax.Broyden),
-        "Shine, no fallback": at(
-            lambda: deqjax.ShineAdjoint(fallback=None), deqjax.Broyden
-        ),
+        "Shine": at(deqjax.ShineAdjoint, broyden),
+        "Shine, no fallback": at(lambda: deqjax.ShineAdjoint(None), broyden),
         "JFB": at(deqjax.JFBAdjoint),
     }
     optimistix = ft.partial(at, library="optimistix", countable=False, exact=True)
