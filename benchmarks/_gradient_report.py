@@ -33,13 +33,19 @@ def bias(results: dict[str, Any], spectrum: str) -> list[str]:
 
 def cost(results: dict[str, Any]) -> list[str]:
     """Time, memory and compile time."""
-    head = ["gradient", "time / forward", "memory of the forward, copies of z"]
+    head = [
+        "gradient",
+        "forward, ms",
+        "time / forward",
+        "memory of the forward, copies of z",
+    ]
     head += ["memory with gradient, copies of z", "compile, s"]
     body = []
     for row in results["cost"]:
         copies = [row["forward copies"], row["copies"]]
         shown = ["–" if c is None else f"{c:.0f}" for c in copies]
-        ends = [f"{row['ratio']:.1f}", *shown, f"{row['compile, s']:.1f}"]
+        times = [f"{row['forward, ms']:.0f}", f"{row['ratio']:.1f}"]
+        ends = [*times, *shown, f"{row['compile, s']:.1f}"]
         body.append([row["gradient"], *ends])
     return _grid(head, body)
 
@@ -73,7 +79,8 @@ def figure(results: dict[str, Any], path: pathlib.Path) -> None:
         own = row["library"] == "deqjax"
         at = (row["ratio"], row["copies"] or 0)
         right.plot(*at, "o" if own else "x", color="C0" if own else "0.5")
-        right.annotate(row["gradient"], at, (4, 3), None, "offset points", fontsize=6)
+        beside = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 6}
+        right.annotate(row["gradient"], at, **beside)
     right.set_xscale("log")
     right.set_xlabel("time of value and gradient / forward solve")
     right.set_ylabel("temporary memory, copies of z")
