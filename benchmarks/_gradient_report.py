@@ -7,10 +7,15 @@ import matplotlib.pyplot as plt
 
 from ._solver_report import _grid, _names, _rows, footer
 
+FOUND = 1e-6  # The relative error of z* at which a gradient there can be judged.
+
 
 def cell(row: dict[str, Any]) -> str:
-    """Angle and norm, or the error alone where both would say nothing."""
-    if not row["error"] < float("inf"):
+    """Angle and norm, or the error alone where both would say nothing.
+
+    A dash where the forward solve did not find z*.
+    """
+    if not row["error of z"] < FOUND:
         return "–"
     if row["error"] < 1e-3:
         return f"{row['error']:.0e}"
@@ -33,13 +38,9 @@ def bias(results: dict[str, Any], spectrum: str) -> list[str]:
 
 def cost(results: dict[str, Any]) -> list[str]:
     """Time, memory and compile time."""
-    head = [
-        "gradient",
-        "forward, ms",
-        "time / forward",
-        "memory of the forward, copies of z",
-    ]
-    head += ["memory with gradient, copies of z", "compile, s"]
+    head = ["gradient", "forward, ms", "time / forward"]
+    head += ["memory of the forward, copies of z", "memory with gradient, copies of z"]
+    head += ["compile, s"]
     body = []
     for row in results["cost"]:
         copies = [row["forward copies"], row["copies"]]
@@ -63,8 +64,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Error over the radius, and time and memory."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    """Error over the radius, time, and memory."""
+    fig, (left, *bars) = plt.subplots(
+        1, 3, figsize=(13, 4.8), width_ratios=(4, 3, 3), layout="constrained"
+    )
     rows = _rows(results["bias"], spectrum="symmetric", library="deqjax")
     for i, name in enumerate(_names(rows, "gradient")):
         mine = _rows(rows, gradient=name)
@@ -72,18 +75,23 @@ def figure(results: dict[str, Any], path: pathlib.Path) -> None:
         style = f"C{i % 10}" + ("o-" if i < 10 else "s--")
         left.semilogy(at, [row["error"] for row in mine], style, label=name)
     left.set_xlabel("spectral radius of a symmetric layer")
-    left.set_ylabel("relative error of the gradient")
+    left.set_title("relative error of the gradient")
     left.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    for row in results["cost"]:
-        own = row["library"] == "deqjax"
-        at = (row["ratio"], row["copies"] or 0)
-        right.plot(*at, "o" if own else "x", color="C0" if own else "0.5")
-        beside = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 6}
-        right.annotate(row["gradient"], at, **beside)
-    right.set_xscale("log")
-    right.set_xlabel("time of value and gradient / forward solve")
-    right.set_ylabel("temporary memory, copies of z")
-    right.grid(alpha=0.3)
+    fig.legend(
+        *left.get_legend_handles_labels(), loc="outside lower left", ncols=6, fontsize=8
+    )
+    names = _names(results["cost"], "gradient")
+    colours = ["C0" if r["library"] == "deqjax" else "0.6" for r in results["cost"]]
+    titles = {"ratio": "time / forward solve", "copies": "memory, copies of z"}
+    for axes, (key, title) in zip(bars, titles.items(), strict=True):
+        lengths = [row[key] or 0 for row in results["cost"]]
+        axes.barh(range(len(names)), lengths, color=colours)
+        axes.set_yticks(
+            range(len(names)), names if key == "ratio" else [""] * len(names)
+        )
+        axes.tick_params(axis="y", labelsize=7)
+        axes.invert_yaxis()
+        axes.set_title(title)
+        axes.grid(alpha=0.3, axis="x")
     fig.savefig(path, dpi=130)
     plt.close(fig)
