@@ -103,11 +103,15 @@ def _banax(name: str, fn: Any, start: Any, args: Any, forward: Forward) -> jax.A
     return adjoint(solver=kind(**kept), **extra)((fn, (args,)), start).value
 
 
+def at(
+    make: Any, solver: Any = deqjax.Picard, library: str = "deqjax", **kept: bool
+) -> Entrant:
+    """An adjoint in `deqjax.fixed_point`, and the solver that it is for."""
+    return Entrant(library, ft.partial(_solved, make, solver), **kept)
+
+
 def gradients() -> dict[str, Entrant]:
     """All of them, by name."""
-    at = lambda make, solver=deqjax.Picard, library="deqjax", **kept: Entrant(
-        library, ft.partial(_solved, make, solver), **kept
-    )
     gmres, neumann = deqjax.linear.GMRES, deqjax.linear.Neumann
     broyden = ft.partial(deqjax.Broyden, history=30)
     krylov = lambda: lx.GMRES(rtol=_linear(), atol=_linear(), restart=30)
