@@ -65,8 +65,9 @@ class ShineAdjoint(optx.AbstractAdjoint):
 
     B is right along the last steps of the solve and arbitrary across them: the bias is
     not bounded by anything that the solve measures, and changes with `history` and the
-    tolerance. A loose, short solve makes this `JFBAdjoint`. See
-    `relative_residual` of the probe.
+    tolerance. A loose, short solve makes this `JFBAdjoint`, and so does one that ends
+    just after its memory was emptied: give `Broyden` a `history` that outlasts the
+    solve. See `relative_residual` of the probe.
 
     **Cost:** one linearisation of f at z* and one product. **Memory:** the history of
     the forward solver, kept for the backward pass.
