@@ -28,7 +28,8 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
 
     **Cost:** one evaluation with pull-back per step, and the recomputation that the
     checkpoints ask for (O(N log N) in all with the default). With `last=k`: N − k
-    evaluations to come to those steps again, and k evaluations with pull-back.
+    evaluations to come to those steps again, and k evaluations with pull-back (one more
+    in a tested solve, of the evaluation that tested the answer and made `aux`).
     **Memory:** `checkpoints` states of the solver and one step's activations; static
     loops of up to 8 steps (`last`: of which up to 8 are differentiated) are unrolled
     and keep every step's activations unless `checkpoints` is given.

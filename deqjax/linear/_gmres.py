@@ -13,11 +13,11 @@ from .. import _tree
 from .._checks import check_count
 from .._upstream import unvmap_any
 from ._base import AbstractIterative, Outcome, System
-from ._basis import Blocks, orthogonalise, read, write
+from ._basis import Rings, orthogonalise, read, write
 from ._krylov import Cycles, Progress
 
 # The solution and the basis are apart: what a `lax.cond` returns, XLA copies.
-_Carry: TypeAlias = tuple[Progress, PyTree, Blocks]
+_Carry: TypeAlias = tuple[Progress, PyTree, Rings]
 
 
 class GMRES(AbstractIterative):
@@ -43,7 +43,8 @@ class GMRES(AbstractIterative):
     no product.
 
     **Cost:** one product per step, and one more per restart for the true residual.
-    **Memory:** `restart` + 8 copies of b in at least float32.
+    **Memory:** `restart` + 5 copies of b in at least float32, and (`restart` + 1)²
+    numbers per system.
 
     **Converges** for any nonsingular A once `restart` reaches the dimension; in
     practice in few products where A = I − J with J of small norm or few large
@@ -115,7 +116,7 @@ class GMRES(AbstractIterative):
             point = lax.cond(
                 opening,
                 lambda: solution,
-                lambda: system.precondition(read(basis, row)),
+                lambda: system.precondition(read(basis, row, solution, k)),
             )
             image = jtu.tree_map(
                 lambda x, y: jnp.where(opening, x - y, y),
@@ -135,7 +136,6 @@ class GMRES(AbstractIterative):
                 factor > 0, _tree.scale(factor, rest), _tree.zeros_like(rest)
             )
             index = carry.krylov.index
-            basis = write(basis, index, new)
             pending = jnp.any(~(carry.converged | carry.failed))
             last = (
                 (index >= cycle) | (carry.products >= max_steps) | ~unvmap_any(pending)
@@ -148,7 +148,8 @@ class GMRES(AbstractIterative):
                 solution,
                 basis,
             )
-            return carry, solution, basis
+            # At the end of a cycle this overwrites what is of no use any more.
+            return carry, solution, write(basis, carry.krylov.index, new, k)
 
         progress, basis = cycles.begin(system, cycle)
         final, solution, _ = lax.while_loop(

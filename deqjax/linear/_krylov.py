@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from .. import _tree
 from .._types import Counts, Flags, Reals
 from ._base import System
-from ._basis import Blocks, combine, write, zeros
+from ._basis import Rings, combine, write, zeros
 
 # A cycle that leaves more than this part of the residual has stagnated.
 _STAGNATION = 0.999
@@ -22,8 +22,8 @@ _LOST = 0.1
 class Krylov(eqx.Module):
     """One restart cycle: A V_j = V_{j+1} H_j, with Q_j H_j = R_j upper triangular.
 
-    V, restart + 1 orthonormal vectors along the first axis of every leaf, is kept
-    apart: what a `lax.cond` returns, XLA copies.
+    V, `restart` orthonormal vectors, is kept apart: what a `lax.cond` returns, XLA
+    copies. The last vector of V_{m+1} needs no room, since no product is made of it.
 
     Attributes:
         index: products in this cycle so far; −1 before the residual of the start.
@@ -55,16 +55,16 @@ class Cycles(eqx.Module):
 
     batch_ndim: int
 
-    def begin(self, system: System, cycle: int) -> tuple[Progress, Blocks]:
+    def begin(self, system: System, cycle: int) -> tuple[Progress, Rings]:
         trivial, b, at_zero = system.trivial, system.b, system.at_zero
         shape = trivial.shape
         one = jnp.ones_like(_tree.norm(b, self.batch_ndim))
         dtype = one.dtype
         first = _tree.where(trivial, _tree.zeros_like(b), b)
-        basis = zeros(first, cycle + 1)
+        basis = zeros(first, cycle, self.batch_ndim)
         if at_zero:
             # The residual of 0 is b: no product is needed to open the first cycle.
-            basis = write(basis, jnp.array(0, jnp.int32), first)
+            basis = write(basis, jnp.array(0, jnp.int32), first, self.batch_ndim)
         eye = jnp.broadcast_to(
             jnp.eye(cycle + 1, dtype=dtype), (*shape, cycle + 1, cycle + 1)
         )
@@ -129,7 +129,8 @@ class Cycles(eqx.Module):
         finite = jnp.isfinite(scale)
 
         # Rows 0 … j of Q h, then the rotation that clears row j + 1.
-        rotated = jnp.einsum("...ij,...j->...i", krylov.rotations, column)
+        width = column.shape[-1]
+        rotated = jnp.einsum("...ij,...j->...i", krylov.rotations[..., :width], column)
         upper = jnp.take(rotated, j, axis=-1)
         length = jnp.hypot(upper, height)
         # What cancellation leaves of a column that the others span is no pivot.
@@ -181,7 +182,7 @@ class Cycles(eqx.Module):
         tol: Reals,
         carry: Progress,
         solution: PyTree,
-        basis: Blocks,
+        basis: Rings,
     ) -> tuple[Progress, PyTree]:
         """End a cycle: x ← x + M V y with R y = Q ‖r₀‖ e₁.
 
@@ -203,8 +204,6 @@ class Cycles(eqx.Module):
         error = jnp.finfo(y.dtype).eps * error
         doubtful = error > tol
 
-        # Of the restart + 1 vectors, the last is not needed.
-        y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, 1)])
         step = precondition(combine(basis, y, solution, self.batch_ndim))
         moved = krylov.used > 0
         new = jtu.tree_map(lambda x, d: x + d.astype(x.dtype), solution, step)
