@@ -93,7 +93,7 @@ def all_finite(x: PyTree, batch_ndim: int = 0) -> Flags:
     def leaf(a: Array) -> Flags:
         return jnp.all(jnp.isfinite(a), axis=tuple(range(batch_ndim, a.ndim)))
 
-    return ft.reduce(jnp.logical_and, (leaf(a) for a in jtu.tree_leaves(x)))
+    return total([leaf(a) for a in jtu.tree_leaves(x)], jnp.logical_and)
 
 
 def expand(per_problem: Array, leaf: Array) -> Array:
@@ -117,6 +117,27 @@ def scale(alpha: Reals, x: PyTree) -> PyTree:
     def leaf(a: Array) -> Array:
         dtype = wide(a.dtype)
         return (expand(alpha, a).astype(dtype) * a.astype(dtype)).astype(a.dtype)
+
+    return jtu.tree_map(leaf, x)
+
+
+def magnitude(x: PyTree, batch_ndim: int = 0) -> Reals:
+    """A power of two per problem by which the largest |entry| is between 1 and 4.
+
+    1 where the largest entry is 0 or not finite.
+    """
+    size = max_abs(x, batch_ndim)
+    _, exponent = jnp.frexp(size)
+    unit = jnp.ldexp(jnp.ones_like(size), exponent - 2)
+    return jnp.where((size > 0) & jnp.isfinite(size), unit, 1)
+
+
+def divide(x: PyTree, by: Reals) -> PyTree:
+    """x / `by` per problem, in the dtype of x; 1 / `by` need not be representable."""
+
+    def leaf(a: Array) -> Array:
+        dtype = wide(a.dtype)
+        return (a.astype(dtype) / expand(by, a).astype(dtype)).astype(a.dtype)
 
     return jtu.tree_map(leaf, x)
 

@@ -44,7 +44,8 @@ def transpose(linear: Linear, example: PyTree, point: PyTree) -> Linear:
             return jax.linear_transpose(linear, example)(ct)[0]
         # JAX raises all kinds of errors where a rule is missing.
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            first_line = next(iter(str(error).splitlines()), "no message")
+            reason = f"{type(error).__name__}: {first_line}"
         return _refuse(ct, jax.eval_shape(lambda: example), point, reason)
 
     return transposed

@@ -9,6 +9,7 @@ only in the `AbstractInverse` that stands for it. The rule is linear in θ̇ and
 transposable, so that forward mode, reverse mode and their compositions come from it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,11 +26,12 @@ from .. import _tree
 from .._types import Flags
 from .._upstream import Extras, Inputs
 from ..linear import GMRES
+from ..linear._base import AbstractIterative
 from ..solvers._base import AbstractSolver
 from ._forward_products import transpose
 from ._inverse import AbstractInverse, LinearSolve, negated
 from ._loop import SolverLoop, as_inputs, detach, solve
-from ._shield import report, safe_point, silence, silence_aux
+from ._shield import report, rescued, safe_point, silence, silence_aux
 from ._stats import BackwardStats, check_probe
 
 
@@ -67,11 +69,14 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     in the probe, and `on_failure` says what it returns. Of a problem whose z* or λ is
     not finite, though what f and the loss gave it was, nothing is known: its part of
     the gradient is 0, so that it does not spoil those of its batch-mates, and
-    `converged` is 0. (For this, f has to be finite at the start.)
+    `converged` is 0. (For this, f has to be finite at the start.) Where z* is finite,
+    but f or its Jacobian there is not, this holds in solves with `batch_ndim`, for two
+    more linearisations in that case; the lanes of a `jax.vmap` know nothing of one
+    another, and one of them makes the sum over all NaN.
 
     Args:
-        linear_solver: any lineax solver; by default `deqjax.linear.GMRES` with the
-            `batch_ndim` of the forward solver.
+        linear_solver: any lineax solver; by default `deqjax.linear.GMRES()`. One of
+            `deqjax.linear` takes over the `batch_ndim` of the forward solver.
         initial: where the linear solve of a backward pass starts, like z*: the λ of an
             earlier one, say (see below). For solvers that take a start; it changes the
             number of products, not the answer.
@@ -126,9 +131,7 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
     ) -> PyTree:
         named = as_inputs(inputs)
         k = batch_ndim_of(named)
-        linear_solver = self.linear_solver
-        if linear_solver is None:
-            linear_solver = GMRES(batch_ndim=k)
+        linear_solver = _of_batch(self.linear_solver, k)
         if isinstance(named.solver, optx.AbstractFixedPointSolver):
             # Given for J − I; the system is one with I − J.
             tags = negated(tags)
@@ -158,6 +161,22 @@ def batch_ndim_of(inputs: Inputs) -> int:
     return solver.batch_ndim if isinstance(solver, AbstractSolver) else 0
 
 
+def _of_batch(
+    solver: lx.AbstractLinearSolver | None, batch_ndim: int
+) -> lx.AbstractLinearSolver:
+    """The linear solver, for as many systems as the forward solver has problems."""
+    solver = GMRES() if solver is None else solver
+    if not isinstance(solver, AbstractIterative) or solver.batch_ndim == batch_ndim:
+        return solver
+    if solver.batch_ndim != 0:
+        raise ValueError(
+            f"`linear_solver` has batch_ndim={solver.batch_ndim}, but the problems of "
+            f"the forward solve have batch_ndim={batch_ndim}: their entries are not "
+            "independent beyond that. Leave `batch_ndim` of the linear solver away."
+        )
+    return dataclasses.replace(solver, batch_ndim=batch_ndim)
+
+
 def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: Inputs) -> None:
     """Raise unless the problem is one in which I − J is to be inverted."""
     if not isinstance(inputs.solver, optx.AbstractFixedPointSolver):
@@ -169,7 +188,8 @@ def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: Inputs) -> None:
 
 
 def _check_like(initial: PyTree, z: PyTree) -> None:
-    want, got = (jax.eval_shape(lambda t=t: t) for t in (z, initial))
+    bare = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    want, got = (jtu.tree_map(bare, t) for t in (z, initial))
     if eqx.tree_equal(want, got) is not True:
         raise ValueError(
             "`initial`, a start for the adjoint system, must have the structure, "
@@ -241,11 +261,16 @@ def _implicit_jvp(primals, tangents):
     inverse = inverse.after(state)
     at, live = value, None
     if inverse.shields:
-        at, live = safe_point(value, inputs.y0, inverse.batch_ndim)
+        live = _tree.all_finite(value, inverse.batch_ndim)
+        at = safe_point(value, inputs.y0, live)
     # One evaluation; everything below is made of its pull-back.
     (residual, aux), pull = jax.vjp(evaluate, at, theta)
     if live is not None:
         live = live & _tree.all_finite(residual, inverse.batch_ndim)
+
+    def linearise(live: Flags, sound: Flags) -> Callable:
+        return jax.vjp(evaluate, safe_point(at, inputs.y0, live, sound), theta)[1]
+
     t_value, t_aux = _tangents(
         inverse,
         pull,
@@ -253,7 +278,7 @@ def _implicit_jvp(primals, tangents):
         eqx.filter((at, inputs.fn, inputs.args), eqx.is_inexact_array),
         t_theta,
         probing,
-        live,
+        (live, eqx.filter(extras.aux, eqx.is_inexact_array), linearise),
     )
     return (value, extras), (t_value, zero_extras._replace(aux=t_aux))
 
@@ -265,7 +290,7 @@ def _tangents(
     point: PyTree,
     t_theta: PyTree,
     probe: tuple[BackwardStats, BackwardStats] | None,
-    live: Flags | None,
+    shield: tuple[Flags | None, PyTree, Callable],
 ) -> tuple[PyTree, PyTree]:
     """ż and the tangent of aux, as one linear solve that is transposed by `pull`.
 
@@ -283,6 +308,7 @@ def _tangents(
     residual, aux = outputs
     no_residual, no_aux = _tree.zeros_like(residual), _tree.zeros_like(aux)
     stats, t_probe = (None, None) if probe is None else probe
+    live, seen, linearise = shield
 
     def pull_residual(ct: PyTree) -> tuple[PyTree, PyTree]:
         z, d = pull((ct, no_aux))
@@ -308,28 +334,37 @@ def _tangents(
         r, d, a, p = b
         rhs = jtu.tree_map(jnp.subtract, r, push_theta(d))
         z = silence(live, inverse.solve(operator, silence(live, rhs), False)[0])
-        moved = silence_aux(live, push_aux((z, d)))
+        moved = silence_aux(live, push_aux((z, d)), seen)
         return z, d, jtu.tree_map(jnp.add, a, moved), p
 
     def transposed(_: Callable, ct: PyTree) -> PyTree:
         z, d, a, p = ct
-        z, a = silence(live, z), silence_aux(live, a)
+        z, a = silence(live, z), silence_aux(live, a, seen)
         if jtu.tree_leaves(a):
-            z = jtu.tree_map(jnp.add, z, pull((no_residual, a))[0])
+            z = jtu.tree_map(jnp.add, z, silence(live, pull((no_residual, a))[0]))
         adjoint_state, entries = inverse.solve(adjoint, z, True, stats is not None)
-        _, moved = pull((_tree.negative(adjoint_state), a))
+        cts = (_tree.negative(adjoint_state), a)
+        moved = pull(cts)[1]
+        if live is not None and live.ndim > 0 and jtu.tree_leaves(moved):
+            moved = rescued(moved, cts, live, linearise)
         if stats is not None:
             forward = _tree.norm(lax.stop_gradient(residual), inverse.batch_ndim)
             entries["forward_residual"] = forward
             p = stats.record(**report(live, entries))
         return adjoint_state, jtu.tree_map(jnp.add, d, moved), a, p
 
-    # JAX transposes the solve only if every part of its right-hand side is a tangent.
-    origin = _linear_zero((t_theta, t_probe))
-    zero = lambda x: jtu.tree_map(lambda t: t + origin.astype(t.dtype), x)
-    rhs = zero((no_residual, t_theta, no_aux, t_probe))
-    z, _, a, _ = lax.custom_linear_solve(matvec, rhs, solve, transposed)
+    # JAX transposes a solve only if every part of its right-hand side is a tangent:
+    # here of the right-hand side, and of that of the transposed solve.
+    rhs = _joined((no_residual, t_theta, no_aux, t_probe), (t_theta, t_probe))
+    out = lax.custom_linear_solve(matvec, rhs, solve, transposed)
+    z, _, a, _ = _joined(out, out)
     return z, a
+
+
+def _joined(x: PyTree, t: PyTree) -> PyTree:
+    """x, every leaf of it made a linear function of all leaves of t."""
+    origin = _linear_zero(t)
+    return jtu.tree_map(lambda leaf: leaf + origin.astype(leaf.dtype), x)
 
 
 def _linear_zero(t: PyTree) -> Array:

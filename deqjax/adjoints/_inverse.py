@@ -11,6 +11,7 @@ import lineax as lx
 from jaxtyping import PyTree
 
 from .. import _tree
+from .._types import Reals
 from ._forward_products import Linear
 
 
@@ -33,10 +34,38 @@ class AbstractInverse(eqx.Module):
         """Aᵀ v as this inverse inverts it, given the exact product."""
 
     @abc.abstractmethod
+    def approximate(
+        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """x with `operator(x) = rhs`, and what is known of it for a probe.
+
+        The right-hand side of each problem has been divided by its `unit`.
+        """
+
     def solve(
         self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
-        """x with `operator(x) = rhs`, and if asked for the entries of a probe."""
+        """x with `operator(x) = rhs`, and if asked for the entries of a probe.
+
+        x is 0, and not converged, for a problem where it is not finite though its
+        right-hand side is, if problems are shielded from one another.
+        """
+        k = self.batch_ndim
+        # Of size 1 per problem: neither squares nor what solvers take for 0 are lost.
+        unit = _tree.magnitude(rhs, k)
+        scaled = _tree.divide(rhs, unit)
+        value, known = self.approximate(operator, scaled, unit, transposed)
+        entries: dict[str, Any] = {}
+        if measure:
+            entries = {**measured(operator, value, scaled, k, known, unit), **known}
+        value = _tree.scale(unit, value)
+        finite = _tree.all_finite(value, k)
+        if "converged" in entries:
+            entries["converged"] = entries["converged"] & finite
+        if self.shields:
+            usable = _tree.all_finite(rhs, k)
+            value = _tree.where(finite | ~usable, value, _tree.zeros_like(value))
+        return value, entries
 
 
 class LinearSolve(AbstractInverse):
@@ -58,18 +87,14 @@ class LinearSolve(AbstractInverse):
     def product(self, exact: PyTree, vector: PyTree) -> PyTree:
         return exact
 
-    def solve(
-        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    def approximate(
+        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
     ) -> tuple[PyTree, dict[str, Any]]:
         k = self.batch_ndim
-        # Scaled to 1 per problem: linear solvers take a small right-hand side for 0.
-        size = _tree.max_abs(rhs, k)
-        zero, usable = size == 0, jnp.isfinite(size)
-        unit = jnp.where(zero | ~usable, 1, size)
-        scaled = _tree.scale(1 / unit, rhs)
+        zero, usable = _tree.max_abs(rhs, k) == 0, _tree.all_finite(rhs, k)
         options = {}
         if transposed and self.initial is not None:
-            start = _tree.scale(1 / unit, self.initial)
+            start = _tree.divide(self.initial, unit)
             fits = _tree.all_finite(start, k) & ~zero
             options["y0"] = _tree.where(fits, start, _tree.zeros_like(start))
         sol = lx.linear_solve(
@@ -78,7 +103,7 @@ class LinearSolve(AbstractInverse):
                 jax.eval_shape(lambda: rhs),
                 lx.transpose_tags(self.tags) if transposed else self.tags,
             ),
-            scaled,
+            rhs,
             self.solver,
             options=options,
             throw=False,
@@ -91,18 +116,16 @@ class LinearSolve(AbstractInverse):
         # Nothing can be said for a problem whose solution is not finite; but what was
         # not finite to begin with, a loss say, is not to be hidden.
         best = _tree.where(finite, value, _tree.zeros_like(value))
-        fallback = {"keep": best, "nan": nan, "jfb": scaled}[self.on_failure]
+        fallback = {"keep": best, "nan": nan, "jfb": rhs}[self.on_failure]
         fallback = _tree.where(usable, fallback, nan)
         value = _tree.where(converged, value, fallback)
         value = _tree.where(zero, _tree.zeros_like(value), value)
-        entries: dict[str, Any] = {}
-        if measure:
-            entries = {
-                **measured(operator, value, scaled, k, sol.stats.get("residual"), unit),
-                "num_products": sol.stats.get("num_products", None),
-                "converged": converged,
-            }
-        return _tree.scale(unit, value), entries
+        known = {
+            "residual": sol.stats.get("residual"),
+            "num_products": sol.stats.get("num_products"),
+            "converged": converged,
+        }
+        return value, known
 
 
 def measured(
@@ -110,10 +133,14 @@ def measured(
     value: PyTree,
     rhs: PyTree,
     batch_ndim: int,
-    residual: Any = None,
+    known: dict[str, Any] | None = None,
     unit: Any = 1,
 ) -> dict[str, Any]:
-    """The residual entries of a probe, by one product unless the residual is known."""
+    """The residual entries of a probe, by one product unless the residual is known.
+
+    All for right-hand sides that have been divided by `unit`.
+    """
+    residual = (known or {}).pop("residual", None)
     if residual is None:
         residual = _tree.norm(_tree.subtract(rhs, operator(value)), batch_ndim)
     norm = _tree.norm(rhs, batch_ndim)

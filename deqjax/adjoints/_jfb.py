@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import PyTree
 
+from .._types import Reals
 from ._forward_products import Linear
 from ._implicit import apply_implicit, batch_ndim_of, check_fixed_point
-from ._inverse import AbstractInverse, measured
+from ._inverse import AbstractInverse
 from ._loop import as_inputs
 from ._stats import BackwardStats, check_probe
 
@@ -23,13 +24,10 @@ class _Identity(AbstractInverse):
     def product(self, exact: PyTree, vector: PyTree) -> PyTree:
         return vector
 
-    def solve(
-        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    def approximate(
+        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
     ) -> tuple[PyTree, dict[str, Any]]:
-        if not measure:
-            return rhs, {}
-        entries = measured(operator, rhs, rhs, self.batch_ndim)
-        return rhs, {**entries, "num_products": jnp.array(0)}
+        return rhs, {"num_products": jnp.array(0)}
 
 
 class JFBAdjoint(optx.AbstractAdjoint):

@@ -12,11 +12,12 @@ from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import check_beta, check_count
+from .._types import Reals
 from ..linear._base import widened
 from ..linear._neumann import add, series
 from ._forward_products import Linear
 from ._implicit import apply_implicit, batch_ndim_of, check_fixed_point
-from ._inverse import AbstractInverse, measured
+from ._inverse import AbstractInverse
 from ._loop import as_inputs
 from ._stats import BackwardStats, check_probe
 
@@ -31,18 +32,15 @@ class _Series(AbstractInverse):
     def product(self, exact: PyTree, vector: PyTree) -> PyTree:
         return exact
 
-    def solve(
-        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    def approximate(
+        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
     ) -> tuple[PyTree, dict[str, Any]]:
         product = widened(operator, jax.eval_shape(lambda: rhs))
         b = jtu.tree_map(lambda x: x.astype(_tree.wide(x.dtype)), rhs)
         correct = lambda x, r: add(self.beta, x, r)
         wide, products = series(product, correct, b, None, self.num_terms)
         value = jtu.tree_map(lambda x, y: x.astype(y.dtype), wide, rhs)
-        if not measure:
-            return value, {}
-        entries = measured(operator, value, rhs, self.batch_ndim)
-        return value, {**entries, "num_products": jnp.array(products)}
+        return value, {"num_products": jnp.array(products)}
 
 
 class NeumannAdjoint(optx.AbstractAdjoint):

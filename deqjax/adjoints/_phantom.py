@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import check_beta, check_count
-from .._types import Map
+from .._types import Flags, Map
 from .._upstream import Extras, Inputs
 from ._cotangents import constant, floating, materialise, none_like
 from ._implicit import batch_ndim_of, check_fixed_point
@@ -117,16 +117,20 @@ def _phantom(
 def _phantom_fwd(perturbed, theta, rest, num_steps, beta, primal_fn):
     # Itself, for the gradient of the gradient.
     out = _phantom(theta, rest, num_steps, beta, primal_fn)
-    return out, out[0]
+    return out, (out[0], floating(Extras(*out[1]).aux))
 
 
 @_phantom.def_bwd
-def _phantom_bwd(value, cotangents, perturbed, theta, rest, num_steps, beta, primal_fn):
+def _phantom_bwd(
+    residuals, cotangents, perturbed, theta, rest, num_steps, beta, primal_fn
+):
+    value, seen = residuals
     fn, args, probe = theta
     p_fn, p_args, p_probe = perturbed
     moving, fixed = eqx.partition((fn, args), (p_fn, p_args))
     k = batch_ndim_of(rest)
-    start, live = safe_point(value, rest.y0, k)
+    live = _tree.all_finite(value, k)
+    start = safe_point(value, rest.y0, live)
 
     def evaluate(z: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
         fn, args = eqx.combine(moving, fixed)
@@ -138,19 +142,21 @@ def _phantom_bwd(value, cotangents, perturbed, theta, rest, num_steps, beta, pri
     has_aux = bool(jtu.tree_leaves(ct_aux))
     no_aux = _tree.zeros_like(jax.eval_shape(evaluate, start, moving)[1])
     ct_value, ct_aux = materialise((ct_value, ct_aux), (start, no_aux))
-    ct_value, ct_aux = silence(live, ct_value), silence_aux(live, ct_aux)
+
+    zero = _tree.zeros_like(start)
+    run = lambda moving, shift: _steps(
+        lambda z, m: evaluate(z, m)[0], start, moving, shift, num_steps, beta, k
+    )
+    _, pull_steps, kept = jax.vjp(run, moving, zero, has_aux=True)
+    live = live & kept
+    ct_value, ct_aux = silence(live, ct_value), silence_aux(live, ct_aux, seen)
 
     probing = any(jtu.tree_leaves(p_probe))
     gradient, f, pull = jtu.tree_map(jnp.zeros_like, moving), start, None
     if has_aux or probing:
         (f, _), pull = jax.vjp(evaluate, start, moving)
-        g_z, gradient = pull((_tree.zeros_like(start), ct_aux))
-        ct_value = jtu.tree_map(jnp.add, ct_value, g_z)
-    zero = _tree.zeros_like(start)
-    run = lambda moving, shift: _steps(
-        lambda z, m: evaluate(z, m)[0], start, moving, shift, num_steps, beta
-    )
-    _, pull_steps = jax.vjp(run, moving, zero)
+        g_z, gradient = pull((zero, ct_aux))
+        ct_value = jtu.tree_map(jnp.add, ct_value, silence(live, g_z))
     through, adjoint = pull_steps(ct_value)
     gradient = jtu.tree_map(jnp.add, gradient, through)
 
@@ -170,19 +176,32 @@ def _phantom_bwd(value, cotangents, perturbed, theta, rest, num_steps, beta, pri
 
 
 def _steps(
-    fn: Map, z: PyTree, moving: PyTree, shift: PyTree, count: int, beta: float | Array
-) -> PyTree:
-    """`count` damped steps of fn + shift from z."""
+    fn: Map,
+    z: PyTree,
+    moving: PyTree,
+    shift: PyTree,
+    count: int,
+    beta: float | Array,
+    batch_ndim: int,
+) -> tuple[PyTree, Flags]:
+    """`count` damped steps of fn + shift from z, and which problems took them all.
+
+    The others stay at the last finite z, so that none makes NaN on the way back.
+    """
 
     def mix(a: Array, b: Array, e: Array) -> Array:
         weight = jnp.asarray(beta, a.dtype)
         return (1 - weight) * a + weight * (b + e)
 
-    def step(z: PyTree, _: None) -> tuple[PyTree, None]:
-        return jtu.tree_map(mix, z, fn(z, moving), shift), None
+    def step(val: tuple[PyTree, Flags], _: None) -> tuple[tuple[PyTree, Flags], None]:
+        z, kept = val
+        new = jtu.tree_map(mix, z, fn(z, moving), shift)
+        kept = kept & _tree.all_finite(new, batch_ndim)
+        return (_tree.where(kept, new, z), kept), None
 
+    val = z, _tree.all_finite(z, batch_ndim)
     if count > UNROLL:
-        return lax.scan(step, z, None, length=count)[0]
+        return lax.scan(step, val, None, length=count)[0]
     for _ in range(count):
-        z, _ = step(z, None)
-    return z
+        val, _ = step(val, None)
+    return val

@@ -10,10 +10,11 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .. import _tree
+from .._types import Reals
 from ..solvers import Broyden
 from ._forward_products import Linear
 from ._implicit import apply_implicit
-from ._inverse import AbstractInverse, measured
+from ._inverse import AbstractInverse
 from ._loop import as_inputs
 from ._stats import BackwardStats, check_probe
 
@@ -35,8 +36,8 @@ class _Estimate(AbstractInverse):
     def product(self, exact: PyTree, vector: PyTree) -> PyTree:
         return exact
 
-    def solve(
-        self, operator: Linear, rhs: PyTree, transposed: bool, measure: bool = False
+    def approximate(
+        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
     ) -> tuple[PyTree, dict[str, Any]]:
         k = self.batch_ndim
         value = self.solver.estimate(self.state, rhs, transposed)
@@ -45,10 +46,7 @@ class _Estimate(AbstractInverse):
         if self.fallback is not None:
             sound = sound & (size <= self.fallback * before)
         value = _tree.where(sound, value, rhs)
-        if not measure:
-            return value, {}
-        entries = measured(operator, value, rhs, k)
-        return value, {**entries, "num_products": jnp.array(0)}
+        return value, {"num_products": jnp.array(0)}
 
 
 class ShineAdjoint(optx.AbstractAdjoint):
@@ -106,8 +104,9 @@ class ShineAdjoint(optx.AbstractAdjoint):
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        if self.fallback is not None and not (
-            isinstance(self.fallback, int | float) and self.fallback > 0
+        if self.fallback is not None and (
+            isinstance(self.fallback, bool)
+            or not (isinstance(self.fallback, int | float) and self.fallback > 0)
         ):
             raise ValueError(
                 "`fallback`, the most that the estimate may stretch a cotangent by, "

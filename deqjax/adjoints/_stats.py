@@ -31,7 +31,9 @@ class BackwardStats(eqx.Module):
         forward_residual: ‖f(z*) − z*‖₂ where f was linearised: how far from a fixed
             point the formulas that hold at one were evaluated.
 
-    What does not apply to an adjoint is NaN.
+    What does not apply to an adjoint is NaN, at which `jax_debug_nans` stops: give no
+    probe under it. Problems of a batch go in step, and so do the lanes of a `jax.vmap`:
+    `num_products` is that of the slowest.
 
     Args:
         batch_shape: shape of each entry; with `()` a batched solve reports the
@@ -83,6 +85,13 @@ class BackwardStats(eqx.Module):
             entry = jnp.asarray(value).astype(like.dtype)
             if like.ndim == 0 and entry.ndim > 0:
                 entry = reduce(entry)
+            shapes = zip(entry.shape[::-1], like.shape[::-1], strict=False)
+            if entry.ndim > like.ndim or any(n not in (1, m) for n, m in shapes):
+                raise ValueError(
+                    f"`probe` has batch_shape {like.shape}, but the solve has problems "
+                    f"of shape {entry.shape}. Use `BackwardStats({entry.shape})`, or "
+                    "`BackwardStats()` for the worst of all."
+                )
             return jnp.broadcast_to(entry, like.shape)
 
         worst = lambda v: jnp.max(v, initial=0.0)

@@ -190,3 +190,148 @@ def test_the_gradient_of_aux_is_not_spoiled_either(x64):
     keep = jnp.array([True, False, True, True])[:, None]
     want = gradient(w, 0 * blow, keep)
     np.testing.assert_allclose(gradient(w, blow, True | keep), want, rtol=1e-7)
+
+
+# Rarer failures. In each batch the middle problem fails, and the others are to have
+# the gradient that they have without it.
+
+STEPS = deqjax.Picard(None, None, batch_ndim=1)
+IMPLICIT_RULE = [
+    deqjax.ImplicitAdjoint(),
+    deqjax.JFBAdjoint(),
+    deqjax.NeumannAdjoint(3),
+]
+X = np.array([[0.5, 0.2], [0.0, 0.0], [-0.3, 0.1]])
+
+
+def kinked(z, args):
+    """Its Jacobian is not finite at z = 0, where f is."""
+    w, x, _ = args
+    h = z * w + x
+    return jnp.tanh(h) + 0.1 * jnp.linalg.norm(h, axis=-1, keepdims=True)
+
+
+def overflowing(z, args):
+    """Leaves the range at the step after the last, where `blow` is not 0."""
+    w, x, blow = args
+    return jnp.tanh(w * z + x) + blow * jnp.exp(w * z + 3)
+
+
+def shared(fn, x, blow, adjoint, steps, scale=1.0):
+    """The gradient for a weight of all problems, and the one of each."""
+
+    def loss(w, x):
+        sol = deqjax.fixed_point(
+            fn, 0 * x, (w, x, blow), solver=STEPS, adjoint=adjoint, max_steps=steps
+        )
+        return scale * jnp.sum(jnp.cos(jnp.arange(2.0)) * sol.value)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(0.4, x)
+
+
+@pytest.mark.parametrize("adjoint", IMPLICIT_RULE, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    ("fn", "steps", "blow"), [(kinked, 60, 0.0), (overflowing, 2, 1.0)]
+)
+def test_no_derivative_where_the_answer_is_finite(fn, steps, blow, adjoint, x64):
+    blow = blow * jnp.array([[0.0], [1.0], [0.0]])
+    g_w, g_x = shared(fn, X, blow, adjoint, steps)
+    want_w, want_x = shared(fn, X[::2], blow[::2], adjoint, steps)
+    assert abs(want_w) > 1e-2
+    np.testing.assert_allclose(g_w, want_w, rtol=1e-12)
+    np.testing.assert_allclose(g_x[::2], want_x, rtol=1e-12)
+    assert not np.any(g_x[1])
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [deqjax.NeumannAdjoint(60), deqjax.PhantomAdjoint(60, 1.0)],
+    ids=lambda a: type(a).__name__,
+)
+def test_a_series_that_leaves_the_range(adjoint):
+    gain = jnp.array([[0.5], [30.0], [0.2]])
+
+    def loss(w, gain):
+        sol = deqjax.fixed_point(
+            lambda z, w: gain * z + w,
+            jnp.zeros((len(gain), 2)),
+            w,
+            solver=deqjax.Picard(batch_ndim=1),
+            adjoint=adjoint,
+        )
+        return jnp.sum(sol.value)
+
+    # ∂z/∂w = 1 / (1 − gain) for both entries of the two that converge.
+    np.testing.assert_allclose(jax.grad(loss)(1.0, gain), 2 * (2 + 1.25), rtol=1e-5)
+
+
+def test_an_adjoint_beyond_the_range_of_its_dtype():
+    """In float16: λ = 1000 / (1 − 0.99) is not representable."""
+    gain = jnp.array([[0.5], [0.99]], jnp.float16)
+
+    def loss(w, probe):
+        sol = deqjax.fixed_point(
+            lambda z, w: gain * z + w,
+            jnp.zeros((2, 2), jnp.float16),
+            w,
+            solver=deqjax.Picard(batch_ndim=1),
+            adjoint=deqjax.ImplicitAdjoint(probe=probe),
+            max_steps=400,
+        )
+        return jnp.sum(1000 * sol.value)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    g, stats = run(jnp.float16(0.01), deqjax.BackwardStats((2,)))
+    assert float(g) == 4000
+    np.testing.assert_array_equal(stats.converged, [1, 0])
+
+
+def test_aux_that_does_not_depend_on_the_failure_keeps_its_gradient(x64):
+    blow = jnp.array([[0.0], [1.0]])
+
+    def loss(w):
+        fn = lambda z, w: (0.5 * jnp.tanh(z) + 0.1 + 10 * blow * (z**2 + 1), w**2)
+        zeros = jnp.zeros((2, 3))
+        sol = deqjax.fixed_point(fn, zeros, w, solver=STEPS, has_aux=True, max_steps=50)
+        return jnp.sum(sol.aux)
+
+    for w in (jnp.array(3.0), jnp.arange(4.0).reshape(2, 2)):
+        np.testing.assert_array_equal(jax.grad(loss)(w), 2 * w)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e25, 9e37])
+def test_the_scale_of_the_loss_does_not_matter(scale):
+    scale = np.float32(scale)
+    x = np.float32(X)
+    zero = jnp.zeros((3, 1))
+    want = shared(overflowing, x, zero, deqjax.ImplicitAdjoint(), 60)[1]
+    got = shared(overflowing, x, zero, deqjax.ImplicitAdjoint(), 60, scale)[1]
+    np.testing.assert_allclose(np.asarray(got) / scale, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_records_do_not_depend_on_the_scale_of_the_loss(scale):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(0.9 * np.linalg.qr(rng.normal(size=(6, 6)))[0], jnp.float32)
+    b = jnp.arange(6, dtype=jnp.float32)
+
+    def loss(b, probe, kind, scale):
+        sol = deqjax.fixed_point(
+            lambda z, b: w @ z + b,
+            jnp.zeros(6),
+            b,
+            solver=deqjax.Broyden(1e-5, history=30),
+            adjoint=kind(probe=probe),
+        )
+        return scale * jnp.vdot(jnp.cos(b), sol.value)
+
+    for kind in (deqjax.ShineAdjoint, deqjax.JFBAdjoint):
+        run = lambda scale, kind=kind: jax.grad(loss, argnums=(0, 1))(
+            b, deqjax.BackwardStats(), kind, np.float32(scale)
+        )
+        (want, one), (got, other) = run(1), run(scale)
+        np.testing.assert_allclose(np.asarray(got) / np.float32(scale), want, rtol=1e-5)
+        np.testing.assert_allclose(
+            other.relative_residual, one.relative_residual, rtol=1e-5
+        )
+        assert one.relative_residual > 0.5

@@ -168,3 +168,40 @@ def test_a_probe_differentiated_alone_is_filled_too(x64):
     assert float(alone.converged) == 1
     assert float(alone.num_products) == float(both.num_products)
     np.testing.assert_allclose(alone.residual, both.residual, rtol=1e-6)
+
+
+def test_a_probe_that_does_not_fit():
+    def loss(probe):
+        sol = deqjax.fixed_point(
+            lambda z, a: 0.5 * z + a,
+            jnp.zeros((4, 2)),
+            1.0,
+            solver=deqjax.Picard(batch_ndim=1),
+            adjoint=deqjax.ImplicitAdjoint(probe=probe),
+        )
+        return jnp.sum(sol.value)
+
+    with pytest.raises(ValueError, match=r"`BackwardStats\(\(4,\)\)`"):
+        jax.grad(loss)(deqjax.BackwardStats((3,)))
+
+
+def test_linear_solvers_take_over_the_problems_of_the_batch():
+    def loss(a, probe, linear_solver, batch_ndim):
+        sol = deqjax.fixed_point(
+            lambda z, a: a * jnp.roll(z, 1, -1) + 1.0,
+            jnp.zeros((3, 2)),
+            a,
+            solver=deqjax.Picard(batch_ndim=batch_ndim),
+            adjoint=deqjax.ImplicitAdjoint(linear_solver, probe=probe),
+        )
+        return jnp.sum(sol.value)
+
+    a, probe = jnp.array([[0.0], [0.1], [0.6]]), deqjax.BackwardStats((3,))
+    run = jax.grad(loss, argnums=(0, 1))
+    for solver in (GMRES(1e-2), deqjax.linear.Neumann(1e-2)):
+        _, stats = run(a, probe, solver, 1)
+        # The first has J = 0: its residual is 0, whatever the others need.
+        assert stats.residual[0] == 0
+        assert stats.converged.all()
+    with pytest.raises(ValueError, match="`linear_solver` has batch_ndim=1"):
+        run(a, probe, GMRES(batch_ndim=1), 0)

@@ -101,3 +101,13 @@ def test_a_start_of_another_structure_is_refused():
     p, zero = problem("tanh"), jnp.zeros(4)
     with pytest.raises(ValueError, match=r"`initial`.*structure.*\(5,\)"):
         loss(p, None)(p.args, zero, jnp.zeros(5), None)
+
+
+def test_a_start_without_a_type_of_its_own(x64):
+    """Weakly typed, as what `jax.numpy.full` makes of a Python number."""
+    run = loss(problem("tanh"), GMRES(1e-12))
+    args, zero = problem("tanh").args, jnp.zeros(problem("tanh").z0.shape)
+    probe = deqjax.BackwardStats()
+    want = jax.grad(run)(args, zero, zero, probe)
+    got = jax.grad(run)(args, zero, jnp.full(zero.shape, 2.0), probe)
+    assert error(got, want) <= 1e-9
