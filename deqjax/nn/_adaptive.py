@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
-from ._layers import check_sizes, embed
+from ._checks import check_sizes
+from ._tokens import embed
 
 
 class AdaptiveEmbedding(eqx.Module):

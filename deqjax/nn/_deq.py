@@ -11,7 +11,7 @@ from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint
 from ..regularise import correction_points
 from ..solvers import Reversible
-from ..solvers._base import check_count
+from ._checks import check_count
 from ._stateful import refuse_stateful
 
 
@@ -100,7 +100,7 @@ class DEQ(eqx.Module):
         """As `__call__`, with all that `deqjax.fixed_point` returns."""
         refuse_stateful(self.cell)
         return fixed_point(
-            _apply_cell,
+            apply_cell,
             self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
             solver=self.solver,
@@ -127,7 +127,7 @@ class DEQ(eqx.Module):
         """
         refuse_stateful(self.cell)
         return correction_points(
-            _apply_cell,
+            apply_cell,
             self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
             at=at,
@@ -192,6 +192,7 @@ class RevDEQ(DEQ):
         self.max_steps = num_steps
 
 
-def _apply_cell(z: PyTree, args: tuple) -> PyTree:
+def apply_cell(z: PyTree, args: tuple) -> PyTree:
+    """The map of a cell, for `fixed_point`; `args`: cell, x, and a key or None."""
     cell, x, key = args
     return cell(z, x) if key is None else cell(z, x, key=key)

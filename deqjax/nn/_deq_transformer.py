@@ -9,8 +9,9 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
-from ._dropout import VariationalDropout
-from ._layers import Features, check_heads, check_sizes, over_tokens, project
+from ._checks import check_heads, check_sizes
+from ._dropout import VariationalDropout, split_key
+from ._tokens import Features, over_tokens, project
 
 
 class Context(NamedTuple):
@@ -136,7 +137,7 @@ class DEQTransformerBlock(eqx.Module):
         self, z: Features, x: Context, *, key: PRNGKeyArray | None = None
     ) -> Features:
         """The layer at the new tokens."""
-        keys = [None] * 4 if key is None else list(jr.split(key, 4))
+        keys = split_key(key, 4)
         gathered = self._attend(z, x, keys[0])
         h = z + self.drop(project(self.output, gathered), key=keys[1])
         h = over_tokens(self.norm, h)

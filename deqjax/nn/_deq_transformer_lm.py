@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..solvers import Picard
 from ._adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from ._checks import batched_solver, check_count, check_tokens
 from ._deq import DEQ
 from ._deq_transformer import Context, DEQTransformerBlock, normal_linear, sinusoids
-from ._dropout import VariationalDropout
-from ._layers import Features, check_sizes, check_tokens, project
+from ._dropout import VariationalDropout, split_key
+from ._tokens import Features, project
 
 
 class Memory(eqx.Module):
@@ -117,8 +118,7 @@ class DEQTransformerLM(eqx.Module):
         block: int = 512,
         key: PRNGKeyArray,
     ):
-        if memory_length != 0:
-            check_sizes(memory_length=memory_length)
+        check_count("memory_length", memory_length, 0)
         keys = jr.split(key, 4)
         cell = DEQTransformerBlock(
             dim,
@@ -135,7 +135,7 @@ class DEQTransformerLM(eqx.Module):
             vocab_size, dim, cutoffs=cutoffs, div_val=div_val, scale=scale, key=keys[1]
         )
         self.injection = normal_linear(dim, 3 * dim, True, scale, keys[2])
-        solver = Picard(1e-3, batch_ndim=1) if solver is None else solver
+        solver = batched_solver(solver, Picard(1e-3, batch_ndim=1))
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
         self.softmax = AdaptiveSoftmax(
             self.embedding, block=block, scale=scale, key=keys[3]
@@ -236,7 +236,7 @@ class DEQTransformerLM(eqx.Module):
         sol = self.deq.solve(
             x,
             z0=z0,
-            key=_part(key, 2),
+            key=self._keys(key)[2],
             max_steps=max_steps,
             throw=throw,
             options=options,
@@ -266,7 +266,8 @@ class DEQTransformerLM(eqx.Module):
                 f"{self.memory_length}, the model's `memory_length`; got "
                 f"{memory.z.shape[:2]}. Start with `empty_memory`."
             )
-        word = self.drop(self.embedding(tokens), key=_part(key, 0))
+        keys = self._keys(key)
+        word = self.drop(self.embedding(tokens), key=keys[0])
         injection = project(self.injection, word)
         dim = word.shape[-1]
         distances = sinusoids(self.memory_length + length, dim, word.dtype)
@@ -274,7 +275,7 @@ class DEQTransformerLM(eqx.Module):
             jnp.concatenate([memory.injection, injection], axis=1),
             memory.z,
             memory.length,
-            self.drop(distances, key=_part(key, 1)),
+            self.drop(distances, key=keys[1]),
         )
         return x, injection
 
@@ -299,17 +300,17 @@ class DEQTransformerLM(eqx.Module):
             key: that of `solve`.
         """
         check_tokens("targets", targets)
-        z = self.drop(z, key=_part(key, 3))
+        z = self.drop(z, key=self._keys(key)[3])
         return self.softmax.nll(z, targets, self.embedding)
 
     def log_probs(
         self, z: Features, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch length vocab"]:
         """log p of the whole vocabulary, given the equilibrium."""
-        z = self.drop(z, key=_part(key, 3))
+        z = self.drop(z, key=self._keys(key)[3])
         return self.softmax.log_probs(z, self.embedding)
 
-
-def _part(key: PRNGKeyArray | None, i: int) -> PRNGKeyArray | None:
-    """Keys for embedding, distances, block and output."""
-    return None if key is None else jr.split(key, 4)[i]
+    @staticmethod
+    def _keys(key: PRNGKeyArray | None) -> list[PRNGKeyArray | None]:
+        """Keys for embedding, distances, block and output."""
+        return split_key(key, 4)

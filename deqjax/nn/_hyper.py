@@ -11,8 +11,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._tree import wide
+from ._checks import check_positive, check_sizes
 from ._deq import DEQ
-from ._images import check_sizes
 
 
 class HyperNetwork(eqx.Module):
@@ -83,15 +83,8 @@ class HyperNetwork(eqx.Module):
         where: Callable[[Any], bool] = eqx.is_inexact_array,
         key: PRNGKeyArray,
     ):
-        for name, size in (
-            ("context_size", context_size),
-            ("rank", rank),
-            ("width", width),
-            ("depth", depth),
-        ):
-            check_sizes(name, size)
-        if not (isinstance(scale, int | float) and 0 < scale < float("inf")):
-            raise ValueError(f"`scale` must be a positive number; got {scale!r}.")
+        check_sizes(context_size=context_size, rank=rank, width=width, depth=depth)
+        check_positive("scale", scale)
         chosen = [leaf for leaf in jtu.tree_leaves(template) if where(leaf)]
         if not chosen:
             raise ValueError(
@@ -179,7 +172,7 @@ class HyperDEQ(eqx.Module):
                 "`hyper` must be callable as hyper(context) -> cell; got "
                 f"{type(self.hyper).__name__}."
             )
-        check_sizes("max_steps", self.max_steps)
+        check_sizes(max_steps=self.max_steps)
 
     def __call__(
         self,

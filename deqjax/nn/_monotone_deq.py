@@ -1,7 +1,6 @@
 """Monotone operator equilibrium networks, and the splittings that solve them."""
 
 import abc
-import math
 from typing import Any
 
 import equinox as eqx
@@ -14,8 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import _tree
 from .._fixed_point import fixed_point
-from ..solvers._base import check_count
-from ._images import batched_solver, check_sizes
+from ..solvers import Picard
+from ._checks import batched_solver, check_count, check_positive, check_sizes
+from ._images import average
 from ._monotone import AbstractMonotone, MonotoneConv, MonotoneDense
 
 
@@ -60,7 +60,7 @@ class ForwardBackward(AbstractSplitting):
 
     def __check_init__(self):
         if self.alpha is not None:
-            _check_alpha(self.alpha)
+            check_positive("alpha", self.alpha)
 
     def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
         return z
@@ -100,7 +100,7 @@ class PeacemanRachford(AbstractSplitting):
     alpha: float = 1.0
 
     def __check_init__(self):
-        _check_alpha(self.alpha)
+        check_positive("alpha", self.alpha)
 
     def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
         # For an equilibrium z this is the fixed point.
@@ -179,7 +179,7 @@ class MonotoneDEQ(eqx.Module):
         check_count("max_steps", max_steps, 1)
         self.operator = operator
         self.splitting = splitting
-        self.solver = batched_solver(solver)
+        self.solver = batched_solver(solver, Picard(batch_ndim=1))
         self.adjoint = adjoint
         self.max_steps = max_steps
 
@@ -261,7 +261,7 @@ class MonotoneClassifier(eqx.Module):
         >>> import deqjax, equinox as eqx, jax
         >>> make = deqjax.nn.MonotoneClassifier.cifar10_conv
         >>> model = eqx.filter_eval_shape(make, key=jax.random.key(0))
-        >>> sum(x.size for x in jax.tree.leaves(model) if hasattr(x, "size"))
+        >>> deqjax.nn.count_parameters(model)
         172218
 
     References:
@@ -282,8 +282,7 @@ class MonotoneClassifier(eqx.Module):
         pool: int = 1,
         key: PRNGKeyArray,
     ):
-        check_sizes("num_classes", num_classes)
-        check_sizes("pool", pool)
+        check_sizes(num_classes=num_classes, pool=pool)
         self.layer = layer
         self.pool = pool
         weight = layer.operator.U.weight  # pyright: ignore[reportAttributeAccessIssue]
@@ -314,11 +313,7 @@ class MonotoneClassifier(eqx.Module):
 
     def _features(self, z: Any) -> Float[Array, "batch features"]:
         z = z[-1] if isinstance(z, tuple) else z
-        if z.ndim == 4:
-            p = self.pool
-            n, c, h, w = z.shape
-            z = z[:, :, : h // p * p, : w // p * p]
-            z = jnp.mean(z.reshape(n, c, h // p, p, w // p, p), (3, 5))
+        z = average(z, self.pool) if z.ndim == 4 else z
         return z.reshape(len(z), -1)
 
     # Published configurations
@@ -389,9 +384,3 @@ def _gradient_step(operator: AbstractMonotone, bias: Any, z: Any, alpha: Any) ->
 
 def _cast(alpha: Any, like: Array) -> Any:
     return alpha.astype(like.dtype) if isinstance(alpha, Array) else alpha
-
-
-def _check_alpha(alpha: Any) -> None:
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"`alpha` must be a positive number; got {alpha!r}.")

@@ -13,18 +13,10 @@ from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Reversible
 from ._attention import Attention, Heads, Past
+from ._checks import batched_solver, check_heads, check_sizes, check_tokens
 from ._deq import DEQ
 from ._generation import Cache, static_depth, static_solve
-from ._layers import (
-    Features,
-    Tokens,
-    check_heads,
-    check_sizes,
-    check_tokens,
-    embed,
-    over_tokens,
-    project,
-)
+from ._tokens import Features, Tokens, embed_at, over_tokens, project
 
 
 class RevDEQBlock(eqx.Module):
@@ -183,8 +175,8 @@ class RevDEQLM(eqx.Module):
         )
         self.tokens = eqx.nn.Embedding(vocab_size, dim, dtype=dtype, key=keys[1])
         self.positions = eqx.nn.Embedding(max_length, dim, dtype=dtype, key=keys[2])
-        if solver is None:
-            solver = Reversible(None, None, beta=0.5, batch_ndim=1)
+        default = Reversible(None, None, beta=0.5, batch_ndim=1)
+        solver = batched_solver(solver, default)
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
         self.head = eqx.nn.Linear(dim, vocab_size, False, dtype, key=keys[3])
 
@@ -250,9 +242,7 @@ class RevDEQLM(eqx.Module):
         return project(self.head, z)
 
     def _inject(self, tokens: Tokens, positions: Array) -> Features:
-        return embed(self.tokens.weight, tokens) + embed(
-            self.positions.weight, positions
-        )
+        return embed_at(tokens, positions, table=self.tokens, places=self.positions)
 
     # Token by token
 

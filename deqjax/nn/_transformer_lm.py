@@ -9,17 +9,9 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._attention import Attention, Heads, Past
+from ._checks import check_heads, check_sizes, check_tokens
 from ._generation import Cache
-from ._layers import (
-    Features,
-    Tokens,
-    check_heads,
-    check_sizes,
-    check_tokens,
-    embed,
-    over_tokens,
-    project,
-)
+from ._tokens import Features, Tokens, embed_at, over_tokens, project
 
 
 class TransformerBlock(eqx.Module):
@@ -173,9 +165,7 @@ class TransformerLM(eqx.Module):
         return project(self.head, over_tokens(self.norm, h))
 
     def _embed(self, tokens: Tokens, positions: Array) -> Features:
-        return embed(self.tokens.weight, tokens) + embed(
-            self.positions.weight, positions
-        )
+        return embed_at(tokens, positions, table=self.tokens, places=self.positions)
 
     # Token by token
 

@@ -94,5 +94,5 @@ def test_images_that_do_not_fit_are_refused():
     model, state = make(QUICK)
     with pytest.raises(ValueError, match="`images`.*8 × 8.*got 8 × 12"):
         model(np.zeros((1, 3, 8, 12), np.float32), state, key=jr.key(0))
-    with pytest.raises(RuntimeError, match="requires a key"):
+    with pytest.raises(RuntimeError, match="needs a `key`"):
         model(np.zeros((1, 3, 8, 8), np.float32), state)

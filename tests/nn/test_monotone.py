@@ -19,7 +19,6 @@ from deqjax.nn import (
     MonotoneDEQ,
     PeacemanRachford,
 )
-from deqjax.nn._fourier import spectral_bound
 from deqjax.nn._monotone_deq import _split
 from tests.helpers import OK, error
 from tests.nn.images import QUICK, count, cross_entropy, data, fill, repeated, train
@@ -126,15 +125,6 @@ def test_the_tiers_are_coupled_as_in_the_formula():
         - inner(np_circular(b, y), parts[2])
     )
     np.testing.assert_allclose(inner(image, y), want, rtol=1e-4)
-
-
-def test_spectral_bound_is_a_close_upper_bound():
-    rng = np.random.default_rng(0)
-    stack = rng.normal(size=(3, 6, 4)) + 1j * rng.normal(size=(3, 6, 4))
-    want = np.linalg.norm(stack, 2, (1, 2)).max()
-    got = float(spectral_bound(jnp.asarray(stack, jnp.complex64)))
-    assert want * (1 - 1e-6) <= got <= want * 4 ** (1 / 32)
-    assert float(spectral_bound(jnp.zeros((2, 2)))) == 0
 
 
 # --- the equilibrium ------------------------------------------------------------------
