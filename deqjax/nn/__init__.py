@@ -26,11 +26,8 @@ from ._monotone import (
     MonotoneDense as MonotoneDense,
 )
 from ._monotone_deq import (
-    AbstractSplitting as AbstractSplitting,
-    ForwardBackward as ForwardBackward,
     MonotoneClassifier as MonotoneClassifier,
     MonotoneDEQ as MonotoneDEQ,
-    PeacemanRachford as PeacemanRachford,
 )
 from ._normalise import Contractive as Contractive, spectral_bound as spectral_bound
 from ._ode import NeuralODE as NeuralODE, SteadyStateODE as SteadyStateODE
@@ -41,6 +38,11 @@ from ._schedules import (
     Pretraining as Pretraining,
     draw_options as draw_options,
     unrolled as unrolled,
+)
+from ._splittings import (
+    AbstractSplitting as AbstractSplitting,
+    ForwardBackward as ForwardBackward,
+    PeacemanRachford as PeacemanRachford,
 )
 from ._starts import (
     LearnedStart as LearnedStart,

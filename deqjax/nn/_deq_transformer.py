@@ -136,7 +136,13 @@ class DEQTransformerBlock(eqx.Module):
     def __call__(
         self, z: Features, x: Context, *, key: PRNGKeyArray | None = None
     ) -> Features:
-        """The layer at the new tokens."""
+        """The layer at the new tokens.
+
+        Args:
+            z: their states, of shape (batch, length, dim).
+            x: what the cell takes beside them.
+            key: for dropout.
+        """
         keys = split_key(key, 4)
         gathered = self._attend(z, x, keys[0])
         h = z + self.drop(project(self.output, gathered), key=keys[1])

@@ -206,6 +206,11 @@ class DEQTransformerLM(eqx.Module):
         """The log-probabilities of the word that follows each position.
 
         The whole vocabulary; for training, `solve` and `nll` are cheaper.
+
+        Args:
+            tokens: shape (batch, length).
+            memory: from the tokens before; None: there are none.
+            key: for dropout.
         """
         sol, _ = self.solve(tokens, memory=memory, key=key)
         return self.log_probs(sol.value, key=key)
@@ -256,7 +261,13 @@ class DEQTransformerLM(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Context, Float[Array, "batch length inner"]]:
-        """What the cell takes beside z, and the injection of the new tokens."""
+        """What the cell takes beside z, and the injection of the new tokens.
+
+        Args:
+            tokens: see `solve`.
+            memory: see there.
+            key: see there.
+        """
         check_tokens("tokens", tokens)
         batch, length = tokens.shape
         memory = self.empty_memory(batch) if memory is None else memory
@@ -306,7 +317,12 @@ class DEQTransformerLM(eqx.Module):
     def log_probs(
         self, z: Features, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch length vocab"]:
-        """log p of the whole vocabulary, given the equilibrium."""
+        """log p of the whole vocabulary, given the equilibrium.
+
+        Args:
+            z: the equilibrium.
+            key: that of `solve`.
+        """
         z = self.drop(z, key=self._keys(key)[3])
         return self.softmax.log_probs(z, self.embedding)
 

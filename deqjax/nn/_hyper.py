@@ -112,6 +112,9 @@ class HyperNetwork(eqx.Module):
         """The module that belongs to a context.
 
         For several, `jax.vmap` the function that makes the module and calls it.
+
+        Args:
+            context: a vector of length `context_size`.
         """
         size = self.features.in_size
         if jnp.shape(context) != (size,):
@@ -205,7 +208,17 @@ class HyperDEQ(eqx.Module):
         throw: bool = False,
         options: dict[str, Any] | None = None,
     ) -> optx.Solution:
-        """As `__call__`, with all that `deqjax.fixed_point` returns."""
+        """As `__call__`, with all that `deqjax.fixed_point` returns.
+
+        Args:
+            x: see `__call__`.
+            context: see there.
+            z0: see there.
+            key: see there.
+            max_steps: see there.
+            throw: see `deqjax.fixed_point`.
+            options: see there.
+        """
         return self.deq(context).solve(
             x, z0=z0, key=key, max_steps=max_steps, throw=throw, options=options
         )

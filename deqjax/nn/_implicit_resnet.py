@@ -99,7 +99,13 @@ class ImplicitResNetCell(eqx.Module):
     def __call__(
         self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
     ) -> Features:
-        """f for a whole batch; nothing in it is random."""
+        """f for a whole batch.
+
+        Args:
+            z: the state, of shape (batch, channels, height, width).
+            x: what is injected, of the same shape.
+            key: not used: nothing here is random.
+        """
         return jax.vmap(self._one)(z, x)
 
     def _one(self, z: Array, x: Array) -> Array:

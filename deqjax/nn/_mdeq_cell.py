@@ -178,7 +178,11 @@ class MDEQCell(eqx.Module):
         self.channels = channels
 
     def initial_state(self, x: Features) -> Scales:
-        """Zeros at every scale."""
+        """Zeros at every scale.
+
+        Args:
+            x: the injection.
+        """
         batch, _, height, width = x.shape
         step = 2 ** (len(self.channels) - 1)
         if height % step or width % step:
@@ -194,7 +198,13 @@ class MDEQCell(eqx.Module):
     def __call__(
         self, z: Scales, x: Features, *, key: PRNGKeyArray | None = None
     ) -> Scales:
-        """The new states of all scales, for a whole batch."""
+        """The new states of all scales, for a whole batch.
+
+        Args:
+            z: the states.
+            x: the injection, of shape (batch, channels[0], height, width).
+            key: for dropout: one mask for each image and scale.
+        """
         # A key for each image: its mask does not depend on the others.
         keys = None if key is None else jr.split(key, len(x))
         return jax.vmap(self._one)(z, x, keys)

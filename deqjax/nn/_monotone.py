@@ -45,27 +45,52 @@ class AbstractMonotone(eqx.Module):
 
     @abc.abstractmethod
     def initial_state(self, x: Any) -> Any:
-        """Zeros of the equilibrium's structure."""
+        """Zeros of the equilibrium's structure.
+
+        Args:
+            x: a batch of inputs.
+        """
 
     @abc.abstractmethod
     def inject(self, x: Any) -> Any:
-        """U x + b."""
+        """U x + b.
+
+        Args:
+            x: a batch of inputs.
+        """
 
     @abc.abstractmethod
     def multiply(self, z: Any) -> Any:
-        """W z."""
+        """W z.
+
+        Args:
+            z: of the equilibrium's structure.
+        """
 
     @abc.abstractmethod
     def activate(self, z: Any) -> Any:
-        """The proximal operator that is the nonlinearity: ReLU."""
+        """The proximal operator that is the nonlinearity: ReLU.
+
+        Args:
+            z: of the equilibrium's structure.
+        """
 
     @abc.abstractmethod
     def resolvent(self, alpha: Any, z: Any) -> Callable[[Any], Any]:
-        """v ↦ (I + α (I − W))⁻¹ v, for v like `z`."""
+        """v ↦ (I + α (I − W))⁻¹ v.
+
+        Args:
+            alpha: α.
+            z: of the structure and shapes of v.
+        """
 
     @abc.abstractmethod
     def lipschitz(self, z: Any) -> Float[Array, ""]:
-        """An upper bound of ‖I − W‖₂, for vectors like `z`."""
+        """An upper bound of ‖I − W‖₂.
+
+        Args:
+            z: of the structure and shapes of what I − W is applied to.
+        """
 
 
 class MonotoneDense(AbstractMonotone):

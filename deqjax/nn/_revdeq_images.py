@@ -67,7 +67,13 @@ class ConvCell(eqx.Module):
     def __call__(
         self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
     ) -> Features:
-        """f for a whole batch; nothing in it is random."""
+        """f for a whole batch.
+
+        Args:
+            z: the state, of shape (batch, channels, height, width).
+            x: what is injected, of the same shape.
+            key: not used: nothing here is random.
+        """
         return jax.vmap(self._one)(z, x)
 
     def _one(self, z: Array, x: Array) -> Array:
@@ -228,6 +234,12 @@ class RevDEQClassifier(eqx.Module):
 
         The equilibria come with all that `deqjax.fixed_point` returns: their `value`
         and, in `stats["residual"]`, one residual per image.
+
+        Args:
+            images: see `__call__`.
+            state: see there.
+            throw: see `deqjax.fixed_point`.
+            options: see there.
         """
         weight = self.stem.convs[0].weight
         scales = len(self.deqs)
@@ -248,7 +260,11 @@ class RevDEQClassifier(eqx.Module):
         return x, tuple(sols), state
 
     def logits(self, features: Features) -> Float[Array, "batch classes"]:
-        """The logits that belong to the features of the last scale."""
+        """The logits that belong to the features of the last scale.
+
+        Args:
+            features: the first of what `solve` returns.
+        """
         return jax.vmap(self.head)(jnp.mean(features, (2, 3)))
 
     # Published configurations

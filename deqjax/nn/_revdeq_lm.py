@@ -86,13 +86,25 @@ class RevDEQBlock(eqx.Module):
     def __call__(
         self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
     ) -> Features:
-        """f(z, x); nothing in it is random."""
+        """f(z, x).
+
+        Args:
+            z: the state, of shape (batch, length, dim).
+            x: what is injected, of the same shape.
+            key: not used: nothing here is random.
+        """
         return self.advance(z, x, None)[0]
 
     def advance(
         self, z: Features, x: Features, past: Past | None
     ) -> tuple[Features, tuple[Heads, Heads]]:
-        """f for tokens that follow a past, and their keys and values at z."""
+        """f for tokens that follow a past, and their keys and values at z.
+
+        Args:
+            z: their states.
+            x: what is injected.
+            past: keys and values of the tokens before; None: there are none.
+        """
         n = over_tokens(self.norm1, z + x)
         q, k, v = (project(p, n) for p in (self.query, self.key, self.value))
         gathered, kept = self.attention(q, k, v, past)

@@ -53,7 +53,12 @@ class TransformerBlock(eqx.Module):
     def advance(
         self, h: Features, past: Past | None
     ) -> tuple[Features, tuple[Heads, Heads]]:
-        """The layer for tokens that follow a past, and their keys and values."""
+        """The layer for tokens that follow a past, and their keys and values.
+
+        Args:
+            h: what comes in, of shape (batch, length, dim).
+            past: keys and values of the tokens before; None: there are none.
+        """
         n = over_tokens(self.norm1, h)
         gathered, kept = self.attention(n, n, n, past)
         h = h + gathered
