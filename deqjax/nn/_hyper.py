@@ -145,7 +145,8 @@ class HyperDEQ(eqx.Module):
     Args:
         hyper: a `HyperNetwork` of a cell, as `deqjax.nn.DEQ` takes it; or any function
             from contexts to cells.
-        solver: see `deqjax.fixed_point`.
+        solver: see `deqjax.fixed_point`, whose default is used: which one serves a cell
+            best depends on the cell.
         adjoint: see `deqjax.fixed_point`.
         max_steps: see `deqjax.fixed_point`.
 

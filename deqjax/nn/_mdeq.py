@@ -9,7 +9,7 @@ import jax.random as jr
 import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..solvers import Picard
+from ..solvers import Anderson
 from ._checks import Images, batched_solver, check_images, check_list, check_sizes
 from ._deq import DEQ
 from ._images import ConvNorms, Features, batch_norm, conv, normalise
@@ -49,7 +49,7 @@ class Backbone(eqx.Module):
         self.inject = (
             None if plain else ConvNorms((c, c), (1,), (1,), **common, key=key2)
         )
-        solver = batched_solver(solver, Picard(batch_ndim=1))
+        solver = batched_solver(solver, Anderson(batch_ndim=1))
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
         self.multiple = 2 ** (halvings + len(cell.channels) - 1)
 
@@ -145,7 +145,10 @@ class MDEQClassifier(eqx.Module):
         groups: see `MDEQCell`.
         dropout: see `MDEQCell`.
         post_affine: see `MDEQCell`.
-        solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`.
+        solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`. None:
+            `deqjax.Anderson(batch_ndim=1)`. At random weights no solver converges
+            within `max_steps`, and this one comes nearest; after training with it, it
+            takes as many evaluations as `deqjax.Broyden`, and `deqjax.Picard` fails.
         adjoint: see `deqjax.fixed_point`.
         max_steps: see `deqjax.fixed_point`.
         key: decides the initial parameters.

@@ -46,7 +46,7 @@ class MDEQSegmenter(eqx.Module):
         groups: see `MDEQCell`.
         dropout: see `MDEQCell`.
         post_affine: see `MDEQCell`.
-        solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`.
+        solver: see `MDEQClassifier`.
         adjoint: see `deqjax.fixed_point`.
         max_steps: see `deqjax.fixed_point`.
         key: decides the initial parameters.

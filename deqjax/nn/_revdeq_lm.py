@@ -137,8 +137,7 @@ class RevDEQLM(eqx.Module):
         hidden: width of the MLP's hidden layers; None: 4 d.
         max_length: positions.
         residual: see `RevDEQBlock`; `"input"` for solves to a tolerance.
-        solver: as of `deqjax.fixed_point`, with `batch_ndim=1` for solves that do not
-            depend on their batch-mates. None:
+        solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`. None:
             `deqjax.Reversible(None, None, beta=0.5, batch_ndim=1)`.
         adjoint: as of `deqjax.fixed_point`.
         max_steps: steps of the solver.

@@ -11,7 +11,8 @@ import deqjax
 from deqjax.nn import RevDEQBlock, RevDEQLM, TransformerLM, count_parameters
 from tests.helpers import error
 from tests.nn import language
-from tests.nn.language import VOCAB, cross_entropy, repeated
+from tests.nn.language import VOCAB, repeated
+from tests.nn.training import nll
 
 MODELS = {
     "RevDEQ": RevDEQLM(VOCAB, 16, 2, max_length=8, key=jr.key(0)),
@@ -26,7 +27,7 @@ def model(request):
 
 
 def loss(model, tokens, targets, key=None):
-    return repeated(cross_entropy(model(tokens), targets))
+    return repeated(nll(model(tokens), targets))
 
 
 @eqx.filter_jit

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deqjax import nn
-from tests.nn.images import QUICK
+from tests.nn.training import QUICK
 
 pytestmark = pytest.mark.slow
 

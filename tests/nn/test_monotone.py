@@ -21,7 +21,8 @@ from deqjax.nn import (
 )
 from deqjax.nn._monotone_deq import _split
 from tests.helpers import OK, error
-from tests.nn.images import QUICK, count, cross_entropy, data, fill, repeated, train
+from tests.nn.images import cross_entropy, data, fill, repeated
+from tests.nn.training import QUICK, train
 
 SHAPES = {"dense": (2, 3), "two tiers": (2, 2, 4, 2), "three tiers": (2, 2, 4, 8)}
 MAKERS = {
@@ -232,20 +233,6 @@ def test_the_gradient_is_that_of_the_equilibrium(splitting, x64):
 
 
 # --- classifiers ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("mnist_dense", 84_313),
-        ("cifar10_conv", 172_218),
-        ("cifar10_tiers", 170_194),
-        ("cifar10_conv_large", 853_612),
-        ("cifar10_tiers_large", 1_014_546),
-    ],
-)
-def test_published_classifiers_have_their_parameters(name, parameters):
-    assert count(getattr(MonotoneClassifier, name)) == parameters
 
 
 @pytest.mark.parametrize(
