@@ -78,8 +78,8 @@ def tokens(length: int) -> tuple[Any, Any]:
 
 def nll(logits: Any, targets: Any) -> Any:
     """The mean of −log p of the targets; classes along the last axis."""
-    log_p = jax.nn.log_softmax(logits)
-    return -jnp.mean(jnp.take_along_axis(log_p, targets[..., None], axis=-1))
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
 def reversible_lm(model: Any, state: None, data: Any, key: Any) -> Any:
@@ -239,7 +239,7 @@ def gradient(row: Row, model: Any, state: Any) -> tuple[Callable, Any]:
 
 
 def memory(row: Row) -> int:
-    """Bytes that one example's gradient takes beside model and gradient themselves.
+    """Bytes that one example's loss and gradient take beside model and gradient.
 
     By the compiler's own account.
     """
@@ -279,11 +279,16 @@ def table(recorded: dict[str, int]) -> str:
             f"{cell:,}" if cell else "–",
             row.inputs,
             f"{size:,}" if size else "–",
-            f"{used / 2**20:,.0f} MiB" if used else "–",
+            _size(used) if used else "–",
             row.source,
         )
         lines.append("| " + " | ".join(entries) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _size(number: int) -> str:
+    mebi = number / 2**20
+    return f"{mebi:,.0f} MiB" if mebi >= 1 else f"{number / 2**10:,.0f} KiB"
 
 
 def record(names: list[str]) -> dict[str, Any]:

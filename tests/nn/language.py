@@ -21,7 +21,7 @@ def repeated(nll):
     return jnp.mean(nll[:, HALF - 1 :])
 
 
-def train(model, loss, steps=120, rate=1e-2):
+def train(model, loss, steps=120, rate=1e-2, jit=eqx.filter_jit):
     """Fresh batches of the copying task in every step; the model and its losses.
 
     loss: (model, tokens, targets, key) -> scalar
@@ -33,5 +33,5 @@ def train(model, loss, steps=120, rate=1e-2):
         value, gradient = eqx.filter_value_and_grad(objective)(model)
         return (value, (key,)), gradient
 
-    trained, _, losses = training.train(model, step, steps, rate)((jr.key(11),))
+    trained, _, losses = training.train(model, step, steps, rate, jit)((jr.key(11),))
     return trained, losses

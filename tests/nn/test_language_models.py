@@ -12,7 +12,7 @@ from deqjax.nn import RevDEQBlock, RevDEQLM, TransformerLM, count_parameters
 from tests.helpers import error
 from tests.nn import language
 from tests.nn.language import VOCAB, repeated
-from tests.nn.training import nll
+from tests.nn.training import nll, quick
 
 MODELS = {
     "RevDEQ": RevDEQLM(VOCAB, 16, 2, max_length=8, key=jr.key(0)),
@@ -30,7 +30,7 @@ def loss(model, tokens, targets, key=None):
     return repeated(nll(model(tokens), targets))
 
 
-@eqx.filter_jit
+@quick
 def apply(model, tokens, **kwargs):
     return model(tokens, **kwargs)
 
@@ -55,7 +55,7 @@ def test_the_block_is_the_published_one():
     norms = lambda b: [p for n in (b.norm1, b.norm2) for p in (n.weight, n.bias)]
     block = eqx.tree_at(norms, block, [wave(p) for p in norms(block)])
     z, x = jr.normal(jr.key(1), (2, 2, n, d))
-    got = eqx.filter_jit(block)(z, x)
+    got = quick(block)(z, x)
     wide = lambda a: np.asarray(a, np.float64) if eqx.is_inexact_array(a) else a
     block, z, x = jax.tree.map(wide, (block, z, x))
 
@@ -136,7 +136,7 @@ def test_compiled_and_eager_agree_and_are_the_gradient_of_the_steps(model):
 )
 def test_copying_is_learned(name):
     model = MODELS[name]
-    trained, losses = language.train(model, loss, steps=100)
+    trained, losses = language.train(model, loss, steps=100, jit=quick)
     assert float(losses[0]) > 1.5
     assert float(losses[-1]) < 0.15
     tokens, targets = language.copying(jr.key(5))
@@ -146,7 +146,7 @@ def test_copying_is_learned(name):
 
 def test_the_residual_is_reported():
     model = MODELS["RevDEQ"]
-    sol = eqx.filter_jit(lambda m, t: m.solve(t))(model, TOKENS)
+    sol = quick(lambda m, t: m.solve(t))(model, TOKENS)
     assert int(sol.stats["num_evals"]) == 8
     assert error(model.logits(sol.value), apply(model, TOKENS)) <= 1e-6
     x = model.tokens.weight[TOKENS] + model.positions.weight
