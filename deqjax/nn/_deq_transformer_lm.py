@@ -121,6 +121,7 @@ class DEQTransformerLM(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_count("memory_length", memory_length, 0)
+        solver = batched_solver(solver, Broyden(1e-3, batch_ndim=1))
         keys = jr.split(key, 4)
         cell = DEQTransformerBlock(
             dim,
@@ -137,7 +138,6 @@ class DEQTransformerLM(eqx.Module):
             vocab_size, dim, cutoffs=cutoffs, div_val=div_val, scale=scale, key=keys[1]
         )
         self.injection = normal_linear(dim, 3 * dim, True, scale, keys[2])
-        solver = batched_solver(solver, Broyden(1e-3, batch_ndim=1))
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
         self.softmax = AdaptiveSoftmax(
             self.embedding, block=block, scale=scale, key=keys[3]

@@ -179,6 +179,8 @@ class RevDEQLM(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_sizes(vocab_size=vocab_size, max_length=max_length)
+        default = Reversible(None, None, beta=0.5, batch_ndim=1)
+        solver = batched_solver(solver, default)
         keys = jr.split(key, 4)
         hidden = 4 * dim if hidden is None else hidden
         cell = RevDEQBlock(
@@ -186,8 +188,6 @@ class RevDEQLM(eqx.Module):
         )
         self.tokens = eqx.nn.Embedding(vocab_size, dim, dtype=dtype, key=keys[1])
         self.positions = eqx.nn.Embedding(max_length, dim, dtype=dtype, key=keys[2])
-        default = Reversible(None, None, beta=0.5, batch_ndim=1)
-        solver = batched_solver(solver, default)
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
         self.head = eqx.nn.Linear(dim, vocab_size, False, dtype, key=keys[3])
 

@@ -199,6 +199,7 @@ def test_dropout_needs_a_key_and_is_off_in_inference_mode():
         (lambda: DEQTransformerBlock(6, 4, 8, key=jr.key(0)), "multiple of.*6.*4"),
         (lambda: DEQTransformerBlock(5, 5, 8, key=jr.key(0)), "`dim` must be even.*5"),
         (lambda: lm(dropout=1.5), "1.5"),
+        (lambda: lm(solver=deqjax.Broyden()), "`solver`.*batch_ndim=1"),
         (lambda: lm(memory_length=-1), "`memory_length`.*-1"),
         (lambda: lm().solve(jnp.zeros(3, int)), r"shape \(batch, length\)"),
         (

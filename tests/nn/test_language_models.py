@@ -180,6 +180,12 @@ def test_parameters_may_have_another_dtype():
     [
         (lambda: RevDEQLM(0, 8, 2, max_length=8, key=jr.key(0)), "`vocab_size`.*0"),
         (lambda: RevDEQLM(7, 8, 3, max_length=8, key=jr.key(0)), "multiple of.*3"),
+        (
+            lambda: RevDEQLM(
+                7, 8, 2, max_length=8, solver=deqjax.Picard(), key=jr.key(0)
+            ),
+            "`solver`.*batch_ndim=1.*got batch_ndim=0",
+        ),
         (lambda: RevDEQBlock(8, 2, 8, residual="x", key=jr.key(0)), "`residual`.*'x'"),
         (lambda: TransformerLM(7, 8, 2, 0, max_length=8, key=jr.key(0)), "num_layers"),
         (lambda: MODELS["RevDEQ"](TOKENS[0]), r"shape \(batch, length\).*\(8,\)"),
