@@ -9,13 +9,15 @@ are) and in at least float32, whatever the dtype of the leaves.
 import functools as ft
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._types import Flags, Reals
 
@@ -167,6 +169,14 @@ def zeros_like(x: PyTree) -> PyTree:
         return jnp.zeros_like(a)
 
     return jtu.tree_map(leaf, x)
+
+
+def draw(sample: Callable, key: PRNGKeyArray, like: PyTree) -> PyTree:
+    """Random numbers `sample(key, shape, dtype)` in the structure of `like`."""
+    leaves, structure = jtu.tree_flatten(like)
+    keys = jr.split(key, len(leaves))
+    draws = [sample(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
+    return jtu.tree_unflatten(structure, draws)
 
 
 def stack_of_zeros(row: PyTree, length: int, axis: int = 0) -> PyTree:

@@ -17,7 +17,6 @@ from ._implicit_resnet import (
     ImplicitResNet as ImplicitResNet,
     ImplicitResNetCell as ImplicitResNetCell,
 )
-from ._layers import count_parameters as count_parameters
 from ._mdeq import MDEQClassifier as MDEQClassifier
 from ._mdeq_cell import MDEQCell as MDEQCell
 from ._mdeq_segmenter import MDEQSegmenter as MDEQSegmenter
@@ -27,20 +26,23 @@ from ._monotone import (
     MonotoneDense as MonotoneDense,
 )
 from ._monotone_deq import (
-    AbstractSplitting as AbstractSplitting,
-    ForwardBackward as ForwardBackward,
     MonotoneClassifier as MonotoneClassifier,
     MonotoneDEQ as MonotoneDEQ,
-    PeacemanRachford as PeacemanRachford,
 )
 from ._normalise import Contractive as Contractive, spectral_bound as spectral_bound
 from ._ode import NeuralODE as NeuralODE, SteadyStateODE as SteadyStateODE
+from ._parameters import count_parameters as count_parameters
 from ._revdeq_images import ConvCell as ConvCell, RevDEQClassifier as RevDEQClassifier
 from ._revdeq_lm import RevDEQBlock as RevDEQBlock, RevDEQLM as RevDEQLM
 from ._schedules import (
     Pretraining as Pretraining,
     draw_options as draw_options,
     unrolled as unrolled,
+)
+from ._splittings import (
+    AbstractSplitting as AbstractSplitting,
+    ForwardBackward as ForwardBackward,
+    PeacemanRachford as PeacemanRachford,
 )
 from ._starts import (
     LearnedStart as LearnedStart,

@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
-from ._layers import check_sizes, embed
+from ._checks import check_sizes
+from ._tokens import embed
 
 
 class AdaptiveEmbedding(eqx.Module):
@@ -86,7 +87,11 @@ class AdaptiveEmbedding(eqx.Module):
         )
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... dim"]:
-        """Embeddings, NaN for tokens that are not in the vocabulary."""
+        """Embeddings, NaN for tokens that are not in the vocabulary.
+
+        Args:
+            tokens: of any shape.
+        """
         known = (tokens >= 0) & (tokens < self.bounds[-1])
         out = jnp.where(known, 0.0, jnp.nan)[..., None].astype(self.tables[0].dtype)
         for low, table, projection in zip(
@@ -156,7 +161,13 @@ class AdaptiveSoftmax(eqx.Module):
         targets: Int[Array, "batch length"],
         embedding: AdaptiveEmbedding,
     ) -> Float[Array, "batch length"]:
-        """−log p of each target, in at least float32; NaN for those out of range."""
+        """−log p of each target, in at least float32; NaN for those out of range.
+
+        Args:
+            hidden: what the softmax is of.
+            targets: a token for each vector.
+            embedding: the one that this module was made for, or its successor.
+        """
         flat = hidden.reshape(-1, hidden.shape[-1])
         wanted = targets.reshape(-1)
         bounds = jnp.asarray(embedding.bounds, wanted.dtype)
@@ -189,7 +200,12 @@ class AdaptiveSoftmax(eqx.Module):
     def log_probs(
         self, hidden: Float[Array, "... dim"], embedding: AdaptiveEmbedding
     ) -> Float[Array, "... vocab"]:
-        """log p of the whole vocabulary."""
+        """log p of the whole vocabulary.
+
+        Args:
+            hidden: what the softmax is of.
+            embedding: see `nll`.
+        """
         head = self._head(hidden, embedding)
         first = len(embedding.tables[0])
         parts = [head[..., :first]]

@@ -9,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
-from ._layers import Features, project
+from ._tokens import Features, project
 
 Heads = Float[Array, "batch length heads head_dim"]
 Scores = Float[Array, "batch heads queries keys"]

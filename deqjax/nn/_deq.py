@@ -11,7 +11,7 @@ from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint
 from ..regularise import correction_points
 from ..solvers import Reversible
-from ..solvers._base import check_count
+from ._checks import check_count
 from ._stateful import refuse_stateful
 
 
@@ -25,6 +25,9 @@ class DEQ(eqx.Module):
             randomness gets one key per solve, so that the map stays the same from
             iteration to iteration (one dropout mask per solve). A cell may have
             `initial_state(x) -> z0`.
+        start: `start(x, *, key=None) -> z0`, where solves start that are given no `z0`,
+            a `LearnedStart` say; None: `cell.initial_state(x)` where the cell has one,
+            else zeros like x.
         solver: see `deqjax.fixed_point`.
         adjoint: see `deqjax.fixed_point`.
         max_steps: see `deqjax.fixed_point`.
@@ -77,8 +80,7 @@ class DEQ(eqx.Module):
 
         Args:
             x: what the cell takes beside the iterate.
-            z0: the initial iterate, a warm start say; None: that of `start`, else
-                `cell.initial_state(x)` where the cell has one, else zeros like x.
+            z0: the initial iterate, a warm start say; None: that of `initial_state`.
             key: passed to the cell, the same one at every iteration, and to `start`.
             max_steps: in place of the layer's own.
             options: see `deqjax.fixed_point`.
@@ -97,10 +99,20 @@ class DEQ(eqx.Module):
         throw: bool = False,
         options: dict[str, Any] | None = None,
     ) -> optx.Solution:
-        """As `__call__`, with all that `deqjax.fixed_point` returns."""
+        """As `__call__`, with all that `deqjax.fixed_point` returns.
+
+        Args:
+            x: see `__call__`.
+            z0: see there.
+            key: see there.
+            max_steps: see there.
+            has_aux: whether the cell returns (z, aux); see `deqjax.fixed_point`.
+            throw: whether a solve that fails raises; see `deqjax.fixed_point`.
+            options: see `deqjax.fixed_point`.
+        """
         refuse_stateful(self.cell)
         return fixed_point(
-            _apply_cell,
+            apply_cell,
             self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
             solver=self.solver,
@@ -124,10 +136,18 @@ class DEQ(eqx.Module):
         """The iterates after `at` steps, for losses on them, and the solution.
 
         As `deqjax.regularise.correction_points`, which says what their gradients are.
+
+        Args:
+            x: see `__call__`.
+            at: numbers of steps, growing, below `max_steps`.
+            z0: see `__call__`.
+            key: see there.
+            max_steps: see there.
+            options: see `deqjax.regularise.correction_points`.
         """
         refuse_stateful(self.cell)
         return correction_points(
-            _apply_cell,
+            apply_cell,
             self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
             at=at,
@@ -138,7 +158,12 @@ class DEQ(eqx.Module):
         )
 
     def initial_state(self, x: PyTree, *, key: Array | None = None) -> PyTree:
-        """Where solves start that are given no `z0`."""
+        """Where solves start that are given no `z0`.
+
+        Args:
+            x: see `__call__`.
+            key: passed to `start`.
+        """
         if self.start is not None:
             return self.start(x) if key is None else self.start(x, key=key)
         of_cell = getattr(self.cell, "initial_state", None)
@@ -192,6 +217,7 @@ class RevDEQ(DEQ):
         self.max_steps = num_steps
 
 
-def _apply_cell(z: PyTree, args: tuple) -> PyTree:
+def apply_cell(z: PyTree, args: tuple) -> PyTree:
+    """The map of a cell, for `fixed_point`; `args`: cell, x, and a key or None."""
     cell, x, key = args
     return cell(z, x) if key is None else cell(z, x, key=key)

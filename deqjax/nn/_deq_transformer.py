@@ -9,8 +9,9 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
-from ._dropout import VariationalDropout
-from ._layers import Features, check_heads, check_sizes, over_tokens, project
+from ._checks import check_heads, check_sizes
+from ._dropout import VariationalDropout, split_key
+from ._tokens import Features, over_tokens, project
 
 
 class Context(NamedTuple):
@@ -135,8 +136,14 @@ class DEQTransformerBlock(eqx.Module):
     def __call__(
         self, z: Features, x: Context, *, key: PRNGKeyArray | None = None
     ) -> Features:
-        """The layer at the new tokens."""
-        keys = [None] * 4 if key is None else list(jr.split(key, 4))
+        """The layer at the new tokens.
+
+        Args:
+            z: their states, of shape (batch, length, dim).
+            x: what the cell takes beside them.
+            key: for dropout.
+        """
+        keys = split_key(key, 4)
         gathered = self._attend(z, x, keys[0])
         h = z + self.drop(project(self.output, gathered), key=keys[1])
         h = over_tokens(self.norm, h)

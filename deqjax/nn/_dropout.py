@@ -6,7 +6,12 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
-from ._layers import check_rate
+from ._checks import check_rate
+
+
+def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]:
+    """`num` keys; without one, as many times None."""
+    return [None] * num if key is None else list(jr.split(key, num))
 
 
 class VariationalDropout(eqx.Module):

@@ -78,23 +78,5 @@ def apply_inverse(
     return _unpack(out, period).astype(z.dtype)
 
 
-def spectral_bound(matrices: Array) -> Float[Array, ""]:
-    r"""An upper bound of the largest singular value of a stack of matrices.
-
-    σ ≤ ‖(MᴴM)⁸‖_F^(1/16), at most n^(1/32) too large for n × n matrices; by products
-    alone, which every accelerator has, and which a singular value decomposition of
-    many small matrices would take far longer than.
-    """
-    square = lambda a, b: jnp.matmul(a, b, precision=HIGHEST)
-    frobenius = lambda a: jnp.sqrt(jnp.max(jnp.sum(jnp.abs(a) ** 2, (-2, -1))))
-    size = frobenius(matrices)
-    safe = jnp.where(size > 0, size, 1)
-    unit = matrices / safe.astype(matrices.dtype)
-    power = square(jnp.conj(jnp.swapaxes(unit, -2, -1)), unit)
-    for _ in range(3):
-        power = square(power, power)
-    return safe * frobenius(power) ** (1 / 16)
-
-
 def identity(matrices: Array) -> Array:
     return jnp.eye(matrices.shape[-1], dtype=matrices.dtype)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..solvers import Picard, Reversible
 from ._attention import Past
-from ._layers import Features, Tokens, check_sizes, check_tokens
+from ._checks import check_sizes, check_tokens
+from ._tokens import Features, Tokens
 
 
 class Cache(eqx.Module):

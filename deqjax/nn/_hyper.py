@@ -11,8 +11,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._tree import wide
+from ._checks import check_positive, check_sizes
 from ._deq import DEQ
-from ._images import check_sizes
 
 
 class HyperNetwork(eqx.Module):
@@ -83,15 +83,8 @@ class HyperNetwork(eqx.Module):
         where: Callable[[Any], bool] = eqx.is_inexact_array,
         key: PRNGKeyArray,
     ):
-        for name, size in (
-            ("context_size", context_size),
-            ("rank", rank),
-            ("width", width),
-            ("depth", depth),
-        ):
-            check_sizes(name, size)
-        if not (isinstance(scale, int | float) and 0 < scale < float("inf")):
-            raise ValueError(f"`scale` must be a positive number; got {scale!r}.")
+        check_sizes(context_size=context_size, rank=rank, width=width, depth=depth)
+        check_positive("scale", scale)
         chosen = [leaf for leaf in jtu.tree_leaves(template) if where(leaf)]
         if not chosen:
             raise ValueError(
@@ -119,6 +112,9 @@ class HyperNetwork(eqx.Module):
         """The module that belongs to a context.
 
         For several, `jax.vmap` the function that makes the module and calls it.
+
+        Args:
+            context: a vector of length `context_size`.
         """
         size = self.features.in_size
         if jnp.shape(context) != (size,):
@@ -149,7 +145,8 @@ class HyperDEQ(eqx.Module):
     Args:
         hyper: a `HyperNetwork` of a cell, as `deqjax.nn.DEQ` takes it; or any function
             from contexts to cells.
-        solver: see `deqjax.fixed_point`.
+        solver: see `deqjax.fixed_point`, whose default is used: which one serves a cell
+            best depends on the cell.
         adjoint: see `deqjax.fixed_point`.
         max_steps: see `deqjax.fixed_point`.
 
@@ -179,7 +176,7 @@ class HyperDEQ(eqx.Module):
                 "`hyper` must be callable as hyper(context) -> cell; got "
                 f"{type(self.hyper).__name__}."
             )
-        check_sizes("max_steps", self.max_steps)
+        check_sizes(max_steps=self.max_steps)
 
     def __call__(
         self,
@@ -212,7 +209,17 @@ class HyperDEQ(eqx.Module):
         throw: bool = False,
         options: dict[str, Any] | None = None,
     ) -> optx.Solution:
-        """As `__call__`, with all that `deqjax.fixed_point` returns."""
+        """As `__call__`, with all that `deqjax.fixed_point` returns.
+
+        Args:
+            x: see `__call__`.
+            context: see there.
+            z0: see there.
+            key: see there.
+            max_steps: see there.
+            throw: see `deqjax.fixed_point`.
+            options: see there.
+        """
         return self.deq(context).solve(
             x, z0=z0, key=key, max_steps=max_steps, throw=throw, options=options
         )

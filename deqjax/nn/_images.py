@@ -1,8 +1,7 @@
-"""What the image models share: checks of their input, layers on whole batches."""
+"""What the image models share: layers on whole batches."""
 
 import itertools
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -10,101 +9,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..solvers import Picard
-
 Features: TypeAlias = Float[Array, "batch _ _ _"]
-
-# Whatever it is: `check_images` looks at it, and says more than a type checker.
-Images: TypeAlias = Any
 
 # The batch statistics of a batch norm are taken over this axis of `jax.vmap`.
 BATCH_AXIS = "deqjax_batch"
-
-
-def check_images(
-    images: Images, channels: int, dtype: Any, *, multiple: int = 1, why: str = ""
-) -> Array:
-    """The images as an array.
-
-    Raises:
-        TypeError: if they are no array of real floating-point numbers of the
-            parameters' dtype.
-        ValueError: if their shape is not (batch, channels, height, width), with
-            `channels` channels and sides that are multiples of `multiple`.
-    """
-    if not eqx.is_array_like(images):
-        raise TypeError(
-            "`images` must be an array of shape (batch, channels, height, width); got "
-            f"{type(images).__name__}."
-        )
-    images = jnp.asarray(images)
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(
-            f"`images` must be real and floating-point; got {images.dtype}. Cast and "
-            "normalise them first."
-        )
-    if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"`images` must have shape (batch, {channels}, height, width); got "
-            f"{images.shape}. A single image needs a leading axis of length 1."
-        )
-    if images.dtype != dtype:
-        raise TypeError(
-            f"`images` must have the dtype of the model's parameters, {dtype}; got "
-            f"{images.dtype}. Cast the one or the other."
-        )
-    height, width = images.shape[2:]
-    if not (height and width) or height % multiple or width % multiple:
-        raise ValueError(
-            f"`images` must have sides that are positive multiples of {multiple}{why}; "
-            f"got {height} × {width}. Pad, crop or resize them."
-        )
-    return images
-
-
-def check_sizes(name: str, sizes: Any, least: int = 1) -> tuple[int, ...]:
-    """`sizes` as a tuple of at least `least` positive integers."""
-    sizes = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-    if len(sizes) < least or not whole or min(sizes) < 1:
-        raise ValueError(
-            f"`{name}` must hold at least {least} positive integers; got {sizes}."
-        )
-    return sizes
-
-
-def check_groups(channels: Iterable[int], groups: int) -> None:
-    """Raise unless a group norm of `groups` groups divides every number of channels."""
-    for c in channels:
-        if c % groups:
-            raise ValueError(
-                f"`groups` must divide the number of channels that it normalises; got "
-                f"{groups} groups and {c} channels."
-            )
-
-
-def batched_solver(solver: Any) -> Any:
-    """The solver, by default of one problem per image.
-
-    Raises:
-        ValueError: if it is one of deqjax that takes the batch for one problem.
-    """
-    if solver is None:
-        return Picard(batch_ndim=1)
-    if getattr(solver, "batch_ndim", 1) != 1:
-        raise ValueError(
-            "`solver` must take every image for a problem of its own: construct it "
-            f"with `batch_ndim=1`; got batch_ndim={solver.batch_ndim}."
-        )
-    return solver
-
-
-def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]:
-    """`num` keys, or as many times None."""
-    return [None] * num if key is None else list(jr.split(key, num))
-
-
-# --- layers on whole batches ----------------------------------------------------------
 
 
 def conv(
@@ -166,11 +74,11 @@ def normalise(
         return apply(x, state)
 
 
-def channel_mask(
-    dropout: eqx.nn.Dropout, x: Features, key: PRNGKeyArray | None
-) -> Float[Array, "batch channels 1 1"]:
-    """A factor per image and channel: 0 with the layer's probability."""
-    return dropout(jnp.ones((*x.shape[:2], 1, 1), x.dtype), key=key)
+def average(x: Features, size: int) -> Features:
+    """Means over squares of `size` × `size` pixels; a rest at the border is left."""
+    (n, c, h, w), p = x.shape, size
+    x = x[:, :, : h // p * p, : w // p * p]
+    return jnp.mean(x.reshape(n, c, h // p, p, w // p, p), (3, 5))
 
 
 class ConvNorms(eqx.Module):

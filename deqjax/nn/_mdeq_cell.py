@@ -1,5 +1,7 @@
 """The cell of the multiscale deep equilibrium model."""
 
+import functools as ft
+from collections.abc import Callable
 from typing import TypeAlias
 
 import equinox as eqx
@@ -8,7 +10,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._images import Features, channel_mask, check_groups, check_sizes, conv, split_key
+from ._checks import check_groups, check_list, check_rate, check_sizes
+from ._dropout import VariationalDropout, split_key
+from ._images import Features, conv
 
 Scales: TypeAlias = tuple[Float[Array, "batch _ _ _"], ...]
 Image: TypeAlias = Float[Array, "_ _ _"]
@@ -35,9 +39,9 @@ class _Block(eqx.Module):
         self.norm2 = eqx.nn.GroupNorm(groups, channels)
         self.norm3 = eqx.nn.GroupNorm(groups, channels)
 
-    def __call__(self, z: Image, x: Image | None, mask: Array) -> Image:
+    def __call__(self, z: Image, x: Image | None, drop: Callable) -> Image:
         h = jax.nn.relu(self.norm1(self.conv1(z)))
-        h = mask * self.conv2(h)
+        h = drop(self.conv2(h))
         h = self.norm2(h if x is None else h + x)
         return self.norm3(jax.nn.relu(h + z))
 
@@ -137,7 +141,7 @@ class MDEQCell(eqx.Module):
     blocks: tuple[_Block, ...]
     fusions: tuple[tuple[_Down | _Up | None, ...], ...]
     posts: tuple[_Post, ...]
-    dropout: eqx.nn.Dropout
+    dropout: VariationalDropout
     channels: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
@@ -150,12 +154,10 @@ class MDEQCell(eqx.Module):
         post_affine: bool = True,
         key: PRNGKeyArray,
     ):
-        channels = check_sizes("channels", channels, 2)
-        check_sizes("expansion", expansion)
-        check_sizes("groups", groups)
+        channels = check_list("channels", channels, 2)
+        check_sizes(expansion=expansion)
         check_groups(channels, groups)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must satisfy 0 ≤ dropout < 1; got {dropout}.")
+        check_rate("dropout", dropout)
         n = len(channels)
         keys = iter(jr.split(key, 2 * n + n * n))
         self.blocks = tuple(
@@ -172,11 +174,15 @@ class MDEQCell(eqx.Module):
             return kind(channels[j], channels[i], abs(i - j), groups, key=next(keys))
 
         self.fusions = tuple(tuple(fusion(i, j) for j in range(n)) for i in range(n))
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = VariationalDropout.channels(dropout)
         self.channels = channels
 
     def initial_state(self, x: Features) -> Scales:
-        """Zeros at every scale."""
+        """Zeros at every scale.
+
+        Args:
+            x: the injection.
+        """
         batch, _, height, width = x.shape
         step = 2 ** (len(self.channels) - 1)
         if height % step or width % step:
@@ -192,18 +198,24 @@ class MDEQCell(eqx.Module):
     def __call__(
         self, z: Scales, x: Features, *, key: PRNGKeyArray | None = None
     ) -> Scales:
-        """The new states of all scales, for a whole batch."""
-        keys = split_key(key, len(z))
-        masks = tuple(
-            channel_mask(self.dropout, a, k) for a, k in zip(z, keys, strict=True)
-        )
-        return jax.vmap(self._one)(z, x, masks)
+        """The new states of all scales, for a whole batch.
+
+        Args:
+            z: the states.
+            x: the injection, of shape (batch, channels[0], height, width).
+            key: for dropout: one mask for each image and scale.
+        """
+        # A key for each image: its mask does not depend on the others.
+        keys = None if key is None else jr.split(key, len(x))
+        return jax.vmap(self._one)(z, x, keys)
 
     def _one(
-        self, z: tuple[Image, ...], x: Image, masks: tuple[Array, ...]
+        self, z: tuple[Image, ...], x: Image, key: PRNGKeyArray | None
     ) -> tuple[Image, ...]:
+        keys = split_key(key, len(z))
+        drops = [ft.partial(self.dropout, key=k) for k in keys]
         h = [
-            block(z[i], None if i else x, masks[i])
+            block(z[i], None if i else x, drops[i])
             for i, block in enumerate(self.blocks)
         ]
 

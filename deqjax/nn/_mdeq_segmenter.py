@@ -10,7 +10,8 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._images import ConvNorms, Features, Images, check_sizes, conv
+from ._checks import Images, check_sizes
+from ._images import ConvNorms, Features, conv
 from ._mdeq import Backbone
 from ._mdeq_cell import INIT_STD, MDEQCell, Scales
 
@@ -45,7 +46,7 @@ class MDEQSegmenter(eqx.Module):
         groups: see `MDEQCell`.
         dropout: see `MDEQCell`.
         post_affine: see `MDEQCell`.
-        solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`.
+        solver: see `MDEQClassifier`.
         adjoint: see `deqjax.fixed_point`.
         max_steps: see `deqjax.fixed_point`.
         key: decides the initial parameters.
@@ -86,7 +87,7 @@ class MDEQSegmenter(eqx.Module):
         max_steps: int = 27,
         key: PRNGKeyArray,
     ):
-        check_sizes("num_classes", num_classes)
+        check_sizes(num_classes=num_classes)
         key1, key2, key3, key4 = jr.split(key, 4)
         cell = MDEQCell(
             channels,

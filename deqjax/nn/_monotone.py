@@ -17,16 +17,23 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._tree import wide
+from ._checks import (
+    Images,
+    check_dtype,
+    check_images,
+    check_list,
+    check_positive,
+    check_sizes,
+)
 from ._fourier import (
     HIGHEST,
     Grid,
     apply_inverse,
     identity,
     invert,
-    spectral_bound,
     symbol_of,
 )
-from ._images import Images, check_images, check_sizes
+from ._normalise import spectral_bound
 
 Tiers: TypeAlias = tuple[Grid, ...]
 
@@ -38,27 +45,52 @@ class AbstractMonotone(eqx.Module):
 
     @abc.abstractmethod
     def initial_state(self, x: Any) -> Any:
-        """Zeros of the equilibrium's structure."""
+        """Zeros of the equilibrium's structure.
+
+        Args:
+            x: a batch of inputs.
+        """
 
     @abc.abstractmethod
     def inject(self, x: Any) -> Any:
-        """U x + b."""
+        """U x + b.
+
+        Args:
+            x: a batch of inputs.
+        """
 
     @abc.abstractmethod
     def multiply(self, z: Any) -> Any:
-        """W z."""
+        """W z.
+
+        Args:
+            z: of the equilibrium's structure.
+        """
 
     @abc.abstractmethod
     def activate(self, z: Any) -> Any:
-        """The proximal operator that is the nonlinearity: ReLU."""
+        """The proximal operator that is the nonlinearity: ReLU.
+
+        Args:
+            z: of the equilibrium's structure.
+        """
 
     @abc.abstractmethod
     def resolvent(self, alpha: Any, z: Any) -> Callable[[Any], Any]:
-        """v ↦ (I + α (I − W))⁻¹ v, for v like `z`."""
+        """v ↦ (I + α (I − W))⁻¹ v.
+
+        Args:
+            alpha: α.
+            z: of the structure and shapes of v.
+        """
 
     @abc.abstractmethod
     def lipschitz(self, z: Any) -> Float[Array, ""]:
-        """An upper bound of ‖I − W‖₂, for vectors like `z`."""
+        """An upper bound of ‖I − W‖₂.
+
+        Args:
+            z: of the structure and shapes of what I − W is applied to.
+        """
 
 
 class MonotoneDense(AbstractMonotone):
@@ -95,8 +127,7 @@ class MonotoneDense(AbstractMonotone):
     def __init__(
         self, in_features: int, features: int, *, m: float = 1.0, key: PRNGKeyArray
     ):
-        check_sizes("in_features", in_features)
-        check_sizes("features", features)
+        check_sizes(in_features=in_features, features=features)
         key1, key2, key3 = jr.split(key, 3)
         self.U = eqx.nn.Linear(in_features, features, key=key1)
         linear = lambda k: eqx.nn.Linear(features, features, use_bias=False, key=k)
@@ -138,11 +169,7 @@ class MonotoneDense(AbstractMonotone):
                 f"`x` must be an array of shape (batch, {wanted}); got {got}."
             )
         x = jnp.asarray(x)
-        if x.dtype != self.A.dtype:
-            raise TypeError(
-                f"`x` must have the dtype of the parameters, {self.A.dtype}; got "
-                f"{x.dtype}. Cast the one or the other."
-            )
+        check_dtype("x", x, self.A.dtype)
         return x
 
 
@@ -207,8 +234,8 @@ class MonotoneConv(AbstractMonotone):
         m: float = 1.0,
         key: PRNGKeyArray,
     ):
-        check_sizes("in_channels", in_channels)
-        channels = check_sizes("channels", channels)
+        check_sizes(in_channels=in_channels)
+        channels = check_list("channels", channels)
         keys = iter(jr.split(key, 3 * len(channels)))
         self.U = eqx.nn.Conv2d(in_channels, channels[0], 3, key=next(keys))
         self.A = tuple(UnitKernel(c, c, 1, key=next(keys)) for c in channels)
@@ -266,10 +293,10 @@ class MonotoneConv(AbstractMonotone):
         own, links = [], []
         for i, a in enumerate(z):
             gap = lambda v, i=i: v - self._own(i, v)
-            own.append(spectral_bound(symbol_of(gap, a, self._period(i))))
+            own.append(_largest(symbol_of(gap, a, self._period(i))))
             if i:
-                coarse = spectral_bound(symbol_of(self.A[i], a, 1))
-                down = spectral_bound(symbol_of(self.P[i - 1], z[i - 1], 2))
+                coarse = _largest(symbol_of(self.A[i], a, 1))
+                down = _largest(symbol_of(self.P[i - 1], z[i - 1], 2))
                 links.append(2 * coarse * down)
         # Of the block matrix, by its largest row and column sum of norms.
         zero = jnp.zeros_like(own[0])
@@ -338,19 +365,16 @@ class UnitKernel(eqx.Module):
         return jax.linear_transpose(self.__call__, like)(y)[0]
 
 
+def _largest(symbol: Array) -> Float[Array, ""]:
+    """A bound of ‖M‖₂ over all frequencies, at most n^(1/32) too large for n × n."""
+    return jnp.max(spectral_bound(symbol, 4))
+
+
 def _wrap(z: Grid) -> Grid:
     return jnp.pad(z, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap")
 
 
 def check_m(m: Any) -> float:
     """The strong monotonicity, checked."""
-    if (
-        isinstance(m, bool)
-        or not isinstance(m, int | float)
-        or not 0 < m < float("inf")
-    ):
-        raise ValueError(
-            f"`m`, the strong monotonicity, must be a positive number; got {m!r}. At "
-            "m ≤ 0 the equilibrium need not exist, nor be unique."
-        )
+    check_positive("m", m, " At m ≤ 0 the equilibrium need not exist, nor be unique.")
     return float(m)

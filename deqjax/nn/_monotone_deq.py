@@ -1,7 +1,5 @@
-"""Monotone operator equilibrium networks, and the splittings that solve them."""
+"""Monotone operator equilibrium networks."""
 
-import abc
-import math
 from typing import Any
 
 import equinox as eqx
@@ -9,112 +7,14 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optimistix as optx
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .. import _tree
 from .._fixed_point import fixed_point
-from ..solvers._base import check_count
-from ._images import batched_solver, check_sizes
+from ..solvers import Picard
+from ._checks import batched_solver, check_count, check_sizes
+from ._images import average
 from ._monotone import AbstractMonotone, MonotoneConv, MonotoneDense
-
-
-class AbstractSplitting(eqx.Module):
-    """A map of which the fixed points tell the solutions of z = relu(W z + U x + b)."""
-
-    @abc.abstractmethod
-    def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
-        """The iterate that belongs to z."""
-
-    @abc.abstractmethod
-    def step(self, operator: AbstractMonotone, bias: Any, u: Any) -> Any:
-        """The map. What does not depend on u is computed once per solve."""
-
-    @abc.abstractmethod
-    def read(self, operator: AbstractMonotone, u: Any) -> Any:
-        """The z that belongs to an iterate."""
-
-
-class ForwardBackward(AbstractSplitting):
-    r"""Forward–backward splitting.
-
-    $$ z \mapsto \mathrm{relu}\bigl(z - \alpha\,((I - W) z - U x - b)\bigr) $$
-
-    **Cost:** one product with W per evaluation. **Converges**, iterated by
-    `deqjax.Picard`, if α < 2m / L², L = ‖I − W‖₂: with the default α = m / L² each step
-    contracts by √(1 − m² / L²) or better. For larger α it may fail, visibly.
-
-    Args:
-        alpha: step size α; None: m / L², with an upper bound of L computed once per
-            solve. The equilibrium does not depend on it.
-
-    Raises:
-        ValueError: if `alpha` is not positive.
-
-    References:
-        E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
-        doi:10.48550/arXiv.2006.08591.
-    """
-
-    alpha: float | None = None
-
-    def __check_init__(self):
-        if self.alpha is not None:
-            _check_alpha(self.alpha)
-
-    def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
-        return z
-
-    def step(self, operator: AbstractMonotone, bias: Any, u: Any) -> Any:
-        alpha = self.alpha
-        if alpha is None:
-            bound = operator.lipschitz(_tree.zeros_like(u))
-            alpha = lax.stop_gradient(operator.m / bound**2)
-        return operator.activate(_gradient_step(operator, bias, u, alpha))
-
-    def read(self, operator: AbstractMonotone, u: Any) -> Any:
-        return u
-
-
-class PeacemanRachford(AbstractSplitting):
-    r"""Peaceman–Rachford splitting.
-
-    $$ u \mapsto 2 V (v + \alpha (U x + b)) - v, \qquad v = 2\,\mathrm{relu}(u) - u,
-       \qquad V = (I + \alpha (I - W))^{-1}, \qquad z = \mathrm{relu}(u) $$
-
-    **Cost:** one application of V per evaluation; V is made once per solve.
-    **Converges**, iterated by `deqjax.Picard`, for every α > 0, since m > 0; fastest
-    near α = 1 / ‖I − W‖₂. With `Picard(beta=0.5)` it is Douglas–Rachford splitting.
-
-    Args:
-        alpha: step size α. The equilibrium does not depend on it.
-
-    Raises:
-        ValueError: if `alpha` is not positive.
-
-    References:
-        E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
-        doi:10.48550/arXiv.2006.08591.
-    """
-
-    alpha: float = 1.0
-
-    def __check_init__(self):
-        _check_alpha(self.alpha)
-
-    def start(self, operator: AbstractMonotone, bias: Any, z: Any) -> Any:
-        # For an equilibrium z this is the fixed point.
-        return _gradient_step(operator, bias, z, self.alpha)
-
-    def step(self, operator: AbstractMonotone, bias: Any, u: Any) -> Any:
-        resolvent = operator.resolvent(self.alpha, _tree.zeros_like(u))
-        reflect = lambda a, b: 2 * a - b
-        v = jax.tree.map(reflect, operator.activate(u), u)
-        shifted = jax.tree.map(lambda a, b: a + self.alpha * b, v, bias)
-        return jax.tree.map(reflect, resolvent(shifted), v)
-
-    def read(self, operator: AbstractMonotone, u: Any) -> Any:
-        return operator.activate(u)
+from ._splittings import AbstractSplitting, PeacemanRachford
 
 
 class MonotoneDEQ(eqx.Module):
@@ -179,7 +79,7 @@ class MonotoneDEQ(eqx.Module):
         check_count("max_steps", max_steps, 1)
         self.operator = operator
         self.splitting = splitting
-        self.solver = batched_solver(solver)
+        self.solver = batched_solver(solver, Picard(batch_ndim=1))
         self.adjoint = adjoint
         self.max_steps = max_steps
 
@@ -204,6 +104,12 @@ class MonotoneDEQ(eqx.Module):
         """As `__call__`, with all that `deqjax.fixed_point` returns.
 
         `value` is the equilibrium z; statistics are those of the splitting's map.
+
+        Args:
+            x: see `__call__`.
+            z0: see there.
+            throw: see `deqjax.fixed_point`.
+            options: see there.
         """
         operator = self.operator
         zeros = operator.initial_state(x)
@@ -225,7 +131,12 @@ class MonotoneDEQ(eqx.Module):
         return eqx.tree_at(lambda s: s.value, sol, value)
 
     def equation(self, z: Any, x: Any) -> Any:
-        """relu(W z + U x + b), of which the equilibrium is the fixed point."""
+        """relu(W z + U x + b), of which the equilibrium is the fixed point.
+
+        Args:
+            z: a state.
+            x: a batch of inputs.
+        """
         bias = self.operator.inject(x)
         sums = jax.tree.map(jnp.add, self.operator.multiply(z), bias)
         return self.operator.activate(sums)
@@ -261,7 +172,7 @@ class MonotoneClassifier(eqx.Module):
         >>> import deqjax, equinox as eqx, jax
         >>> make = deqjax.nn.MonotoneClassifier.cifar10_conv
         >>> model = eqx.filter_eval_shape(make, key=jax.random.key(0))
-        >>> sum(x.size for x in jax.tree.leaves(model) if hasattr(x, "size"))
+        >>> deqjax.nn.count_parameters(model)
         172218
 
     References:
@@ -282,8 +193,7 @@ class MonotoneClassifier(eqx.Module):
         pool: int = 1,
         key: PRNGKeyArray,
     ):
-        check_sizes("num_classes", num_classes)
-        check_sizes("pool", pool)
+        check_sizes(num_classes=num_classes, pool=pool)
         self.layer = layer
         self.pool = pool
         weight = layer.operator.U.weight  # pyright: ignore[reportAttributeAccessIssue]
@@ -314,11 +224,7 @@ class MonotoneClassifier(eqx.Module):
 
     def _features(self, z: Any) -> Float[Array, "batch features"]:
         z = z[-1] if isinstance(z, tuple) else z
-        if z.ndim == 4:
-            p = self.pool
-            n, c, h, w = z.shape
-            z = z[:, :, : h // p * p, : w // p * p]
-            z = jnp.mean(z.reshape(n, c, h // p, p, w // p, p), (3, 5))
+        z = average(z, self.pool) if z.ndim == 4 else z
         return z.reshape(len(z), -1)
 
     # Published configurations
@@ -375,23 +281,3 @@ class MonotoneClassifier(eqx.Module):
 def _split(u: Any, args: tuple[AbstractSplitting, AbstractMonotone, Any]) -> Any:
     splitting, operator, x = args
     return splitting.step(operator, operator.inject(x), u)
-
-
-def _gradient_step(operator: AbstractMonotone, bias: Any, z: Any, alpha: Any) -> Any:
-    """z − α ((I − W) z − bias)."""
-    return jax.tree.map(
-        lambda a, wa, b: a + _cast(alpha, a) * (wa - a + b),
-        z,
-        operator.multiply(z),
-        bias,
-    )
-
-
-def _cast(alpha: Any, like: Array) -> Any:
-    return alpha.astype(like.dtype) if isinstance(alpha, Array) else alpha
-
-
-def _check_alpha(alpha: Any) -> None:
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"`alpha` must be a positive number; got {alpha!r}.")

@@ -5,32 +5,33 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
 from .._tree import wide
-from ._layers import check_sizes
+from ._checks import check_positive, check_sizes
 
 
 def spectral_bound(
-    matrix: Float[Array, "rows columns"], num_squarings: int = 6
-) -> Float[Array, ""]:
+    matrix: Inexact[Array, "*stack rows columns"], num_squarings: int = 6
+) -> Float[Array, "*stack"]:
     r"""An upper bound of the largest singular value, by Gram iteration.
 
-    $$ G_0 = W, \quad G_{i+1} = G_i^\top G_i, \qquad
+    $$ G_0 = W, \quad G_{i+1} = G_i^{\mathsf H} G_i, \qquad
        \sigma(W) \le \lVert G_k \rVert_F^{1/2^k} \le n^{1/2^{k+1}} \sigma(W) $$
 
     with n the smaller side of W. Power iteration approaches σ from below, and so
     guarantees nothing; this is a bound at every k, differentiable, and needs no state.
+    It is made of products alone, which every accelerator has.
 
     **Cost:** `num_squarings` products of n × n matrices, the first one with W.
 
     Args:
-        matrix: W.
+        matrix: W, real or complex; leading axes index matrices.
         num_squarings: k; at 6 the bound is at most 5.3% above σ for n = 768, at 8,
             1.3%.
 
     Returns:
-        The bound, in at least float32; 0 for W = 0.
+        The bound of each matrix, in at least float32; 0 for W = 0.
 
     Raises:
         ValueError: if `num_squarings` is not a positive integer.
@@ -48,23 +49,29 @@ def spectral_bound(
     """
     check_sizes(num_squarings=num_squarings)
     g = matrix.astype(wide(matrix.dtype))
-    g = g if g.shape[0] >= g.shape[1] else g.T
+    g = g if g.shape[-2] >= g.shape[-1] else jnp.swapaxes(g, -2, -1)
     # σ(W) = c σ(g)^(1/2^i), the logarithm of c being kept. The largest entry first, so
     # that no square overflows; the bound does not depend on what was taken out.
-    largest = lax.stop_gradient(jnp.max(jnp.abs(g)))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(g), (-2, -1)))
     largest = jnp.where(largest > 0, largest, 1)
-    g, log_c = g / largest, jnp.log(largest)
+    g, log_c = _over(g, largest), jnp.log(largest)
     for i in range(num_squarings + 1):
         if i:
-            g = jnp.matmul(g.T, g, precision=lax.Precision.HIGHEST)
-        square = jnp.sum(g * g)
+            left = jnp.conj(jnp.swapaxes(g, -2, -1))
+            g = jnp.matmul(left, g, precision=lax.Precision.HIGHEST)
+        square = jnp.sum(jnp.real(g * jnp.conj(g)), (-2, -1))
         # W = 0 must not make NaN in the derivative.
         size = jnp.sqrt(jnp.where(square > 0, square, 1))
         log_c = log_c + jnp.log(size) / 2**i
-        g = g / size
+        g = _over(g, size)
     # Rounding must not make the bound less than one.
     slack = 1 + 8 * num_squarings * jnp.finfo(g.dtype).eps
-    return jnp.where(jnp.any(matrix != 0), jnp.exp(log_c) * slack, 0)
+    return jnp.where(jnp.any(matrix != 0, (-2, -1)), jnp.exp(log_c) * slack, 0)
+
+
+def _over(matrices: Array, sizes: Array) -> Array:
+    """Each matrix divided by its size, which is real."""
+    return matrices / sizes[..., None, None].astype(matrices.dtype)
 
 
 class Contractive(eqx.Module):
@@ -127,10 +134,7 @@ class Contractive(eqx.Module):
                 '`layer` must be padded with "ZEROS" or "CIRCULAR", since entries that '
                 f"are repeated count more than once; got {padding!r}."
             )
-        if isinstance(kappa, bool) or not (
-            isinstance(kappa, int | float) and kappa > 0
-        ):
-            raise ValueError(f"`kappa` must be a number > 0; got {kappa!r}.")
+        check_positive("kappa", kappa)
         check_sizes(num_squarings=num_squarings)
         self.layer, self.kappa, self.num_squarings = layer, kappa, num_squarings
 

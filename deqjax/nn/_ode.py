@@ -1,6 +1,5 @@
 """Deep equilibria as steady states of ordinary differential equations."""
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -10,13 +9,12 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .. import _tree
 from .._fixed_point import fixed_point
 from .._fold import fold
 from ..adjoints import ReversibleAdjoint, UnrolledAdjoint
 from ..solvers import Picard
-from ..solvers._base import check_count
-from ._deq import DEQ
+from ._checks import check_count, check_positive
+from ._deq import DEQ, apply_cell
 
 
 def _diffrax(name: str) -> Any:
@@ -78,14 +76,14 @@ class NeuralODE(eqx.Module):
 
     def __check_init__(self):
         _diffrax("NeuralODE")
-        _check_cell(self.cell)
+        DEQ(self.cell)  # Checks the cell.
         check_count("max_steps", self.max_steps, 1)
         for name, value in (
             ("end_time", self.end_time),
             ("rtol", self.rtol),
             ("atol", self.atol),
         ):
-            _check_positive(name, value)
+            check_positive(name, value)
 
     def __call__(
         self, x: PyTree, *, z0: PyTree = None, key: Array | None = None
@@ -101,7 +99,7 @@ class NeuralODE(eqx.Module):
         """
         return _integrate(
             (self.cell, x, key),
-            _start(self.cell, x) if z0 is None else z0,
+            DEQ(self.cell).initial_state(x) if z0 is None else z0,
             self.end_time,
             solver=self.solver,
             tolerance=(self.rtol, self.atol),
@@ -164,14 +162,14 @@ class SteadyStateODE(eqx.Module):
 
     def __check_init__(self):
         _diffrax("SteadyStateODE")
-        _check_cell(self.cell)
+        DEQ(self.cell)  # Checks the cell.
         check_count("max_steps", self.max_steps, 1)
         for name, value in (
             ("max_time", self.max_time),
             ("rtol", self.rtol),
             ("atol", self.atol),
         ):
-            _check_positive(name, value)
+            check_positive(name, value)
         if isinstance(self.adjoint, UnrolledAdjoint | ReversibleAdjoint):
             raise TypeError(
                 "`adjoint` must be an implicit one, which needs the steady state "
@@ -195,7 +193,7 @@ class SteadyStateODE(eqx.Module):
         `num_ode_steps`.
         """
         args = (self.cell, x, key)
-        start = _start(self.cell, x) if z0 is None else z0
+        start = DEQ(self.cell).initial_state(x) if z0 is None else z0
         # Finer steps than the tolerance asked for, or their errors keep z from it; and
         # a test that leaves room for a last evaluation that rounds otherwise.
         fixed_args, fixed_start = _constant((args, start))
@@ -211,7 +209,7 @@ class SteadyStateODE(eqx.Module):
         )
         end = _constant(jtu.tree_map(lambda z: z[-1], ode.ys))
         sol = fixed_point(
-            _apply_cell,
+            apply_cell,
             end,
             args,
             solver=Picard(self.rtol, self.atol),
@@ -243,7 +241,7 @@ def _integrate(
     """Integrate from time 0 to `end_time`, or until steady to these tolerances."""
     diffrax = _diffrax("deqjax.nn")
     # As in `deqjax.fixed_point`: what does not depend on z is computed once.
-    rest, kept, _ = fold(_apply_cell, z0, args)
+    rest, kept, _ = fold(apply_cell, z0, args)
     field = lambda t, z, kept: jtu.tree_map(jnp.subtract, rest(z, kept), z)
     event = None
     if steady is not None:
@@ -264,28 +262,8 @@ def _integrate(
     )
 
 
-def _apply_cell(z: PyTree, args: tuple) -> PyTree:
-    cell, x, key = args
-    return cell(z, x) if key is None else cell(z, x, key=key)
-
-
-def _start(cell: Any, x: PyTree) -> PyTree:
-    initial_state = getattr(cell, "initial_state", None)
-    return _tree.zeros_like(x) if initial_state is None else initial_state(x)
-
-
 def _constant(tree: PyTree) -> PyTree:
     """The tree, without derivatives."""
     return jtu.tree_map(
         lambda a: lax.stop_gradient(a) if eqx.is_inexact_array(a) else a, tree
     )
-
-
-def _check_cell(cell: Any) -> None:
-    DEQ(cell)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive number; got {value!r}.")

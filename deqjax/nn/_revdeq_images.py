@@ -11,16 +11,15 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..solvers import Reversible
-from ._deq import DEQ
-from ._images import (
-    ConvNorms,
-    Features,
+from ._checks import (
     Images,
     batched_solver,
     check_images,
+    check_list,
     check_sizes,
-    conv,
 )
+from ._deq import DEQ
+from ._images import ConvNorms, Features, conv
 
 
 def _norm(channels: int) -> eqx.nn.GroupNorm:
@@ -58,8 +57,7 @@ class ConvCell(eqx.Module):
     norm3: eqx.nn.GroupNorm
 
     def __init__(self, channels: int, width: int = 1, *, key: PRNGKeyArray):
-        check_sizes("channels", channels)
-        check_sizes("width", width)
+        check_sizes(channels=channels, width=width)
         key1, key2 = jr.split(key)
         self.conv1 = conv(channels, width * channels, 3, key=key1)
         self.conv2 = conv(width * channels, channels, 3, key=key2)
@@ -69,7 +67,13 @@ class ConvCell(eqx.Module):
     def __call__(
         self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
     ) -> Features:
-        """f for a whole batch; nothing in it is random."""
+        """f for a whole batch.
+
+        Args:
+            z: the state, of shape (batch, channels, height, width).
+            x: what is injected, of the same shape.
+            key: not used: nothing here is random.
+        """
         return jax.vmap(self._one)(z, x)
 
     def _one(self, z: Array, x: Array) -> Array:
@@ -174,18 +178,16 @@ class RevDEQClassifier(eqx.Module):
         max_steps: int = 4,
         key: PRNGKeyArray,
     ):
-        channels = check_sizes("channels", channels)
-        widths = check_sizes("widths", widths)
-        check_sizes("num_classes", num_classes)
-        check_sizes("in_channels", in_channels)
+        channels = check_list("channels", channels)
+        widths = check_list("widths", widths)
+        check_sizes(num_classes=num_classes, in_channels=in_channels)
         if len(widths) != len(channels):
             raise ValueError(
                 "`widths` must have one entry per scale; got "
                 f"{len(widths)} for {len(channels)} scales."
             )
-        if solver is None:
-            solver = Reversible(None, None, beta=beta, batch_ndim=1)
-        solver = batched_solver(solver)
+        default = Reversible(None, None, beta=beta, batch_ndim=1)
+        solver = batched_solver(solver, default)
         keys = iter(jr.split(key, 2 * len(channels) + 1))
         self.stem = ConvNorms((in_channels, channels[0]), (1,), (3,), key=next(keys))
         self.deqs = tuple(
@@ -232,6 +234,12 @@ class RevDEQClassifier(eqx.Module):
 
         The equilibria come with all that `deqjax.fixed_point` returns: their `value`
         and, in `stats["residual"]`, one residual per image.
+
+        Args:
+            images: see `__call__`.
+            state: see there.
+            throw: see `deqjax.fixed_point`.
+            options: see there.
         """
         weight = self.stem.convs[0].weight
         scales = len(self.deqs)
@@ -252,7 +260,11 @@ class RevDEQClassifier(eqx.Module):
         return x, tuple(sols), state
 
     def logits(self, features: Features) -> Float[Array, "batch classes"]:
-        """The logits that belong to the features of the last scale."""
+        """The logits that belong to the features of the last scale.
+
+        Args:
+            features: the first of what `solve` returns.
+        """
         return jax.vmap(self.head)(jnp.mean(features, (2, 3)))
 
     # Published configurations

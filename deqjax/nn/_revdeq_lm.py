@@ -13,18 +13,10 @@ from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Reversible
 from ._attention import Attention, Heads, Past
+from ._checks import batched_solver, check_heads, check_sizes, check_tokens
 from ._deq import DEQ
 from ._generation import Cache, static_depth, static_solve
-from ._layers import (
-    Features,
-    Tokens,
-    check_heads,
-    check_sizes,
-    check_tokens,
-    embed,
-    over_tokens,
-    project,
-)
+from ._tokens import Features, Tokens, embed_at, over_tokens, project
 
 
 class RevDEQBlock(eqx.Module):
@@ -94,13 +86,25 @@ class RevDEQBlock(eqx.Module):
     def __call__(
         self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
     ) -> Features:
-        """f(z, x); nothing in it is random."""
+        """f(z, x).
+
+        Args:
+            z: the state, of shape (batch, length, dim).
+            x: what is injected, of the same shape.
+            key: not used: nothing here is random.
+        """
         return self.advance(z, x, None)[0]
 
     def advance(
         self, z: Features, x: Features, past: Past | None
     ) -> tuple[Features, tuple[Heads, Heads]]:
-        """f for tokens that follow a past, and their keys and values at z."""
+        """f for tokens that follow a past, and their keys and values at z.
+
+        Args:
+            z: their states.
+            x: what is injected.
+            past: keys and values of the tokens before; None: there are none.
+        """
         n = over_tokens(self.norm1, z + x)
         q, k, v = (project(p, n) for p in (self.query, self.key, self.value))
         gathered, kept = self.attention(q, k, v, past)
@@ -133,8 +137,7 @@ class RevDEQLM(eqx.Module):
         hidden: width of the MLP's hidden layers; None: 4 d.
         max_length: positions.
         residual: see `RevDEQBlock`; `"input"` for solves to a tolerance.
-        solver: as of `deqjax.fixed_point`, with `batch_ndim=1` for solves that do not
-            depend on their batch-mates. None:
+        solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`. None:
             `deqjax.Reversible(None, None, beta=0.5, batch_ndim=1)`.
         adjoint: as of `deqjax.fixed_point`.
         max_steps: steps of the solver.
@@ -176,6 +179,8 @@ class RevDEQLM(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_sizes(vocab_size=vocab_size, max_length=max_length)
+        default = Reversible(None, None, beta=0.5, batch_ndim=1)
+        solver = batched_solver(solver, default)
         keys = jr.split(key, 4)
         hidden = 4 * dim if hidden is None else hidden
         cell = RevDEQBlock(
@@ -183,8 +188,6 @@ class RevDEQLM(eqx.Module):
         )
         self.tokens = eqx.nn.Embedding(vocab_size, dim, dtype=dtype, key=keys[1])
         self.positions = eqx.nn.Embedding(max_length, dim, dtype=dtype, key=keys[2])
-        if solver is None:
-            solver = Reversible(None, None, beta=0.5, batch_ndim=1)
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
         self.head = eqx.nn.Linear(dim, vocab_size, False, dtype, key=keys[3])
 
@@ -250,9 +253,7 @@ class RevDEQLM(eqx.Module):
         return project(self.head, z)
 
     def _inject(self, tokens: Tokens, positions: Array) -> Features:
-        return embed(self.tokens.weight, tokens) + embed(
-            self.positions.weight, positions
-        )
+        return embed_at(tokens, positions, table=self.tokens, places=self.positions)
 
     # Token by token
 

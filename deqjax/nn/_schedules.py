@@ -12,9 +12,8 @@ from jaxtyping import PRNGKeyArray
 from .._types import Options
 from ..adjoints import UnrolledAdjoint
 from ..solvers import Picard
-from ..solvers._base import check_count
+from ._checks import check_count, check_sizes
 from ._deq import DEQ
-from ._layers import check_sizes
 
 
 def draw_options(deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()) -> Options:

@@ -10,6 +10,8 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .. import _tree
+from ._checks import check_count
 from ._deq import DEQ
 
 
@@ -39,8 +41,7 @@ class LearnedStart(eqx.Module):
     batch_ndim: int = eqx.field(static=True)
 
     def __init__(self, shape: tuple[int, ...], *, batch_ndim: int = 0):
-        if batch_ndim < 0:
-            raise ValueError(f"`batch_ndim` must be ≥ 0; got {batch_ndim}.")
+        check_count("batch_ndim", batch_ndim, 0)
         self.value = jnp.zeros(shape)
         self.batch_ndim = batch_ndim
 
@@ -83,17 +84,12 @@ class NoisyStart(eqx.Module):
 
     def __call__(self, x: Any, *, key: PRNGKeyArray | None = None) -> PyTree:
         """The start for x."""
-        z0 = jtu.tree_map(jnp.zeros_like, x) if self.start is None else self.start(x)
+        z0 = _tree.zeros_like(x) if self.start is None else self.start(x)
         if key is None or self.inference:
             return z0
-        leaves, structure = jtu.tree_flatten(z0)
         # A stream of its own: the cell gets the same key.
-        keys = jr.split(jr.fold_in(key, 0x57A27), len(leaves))
-        noisy = [
-            leaf + self.scale * jr.normal(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(keys, leaves, strict=True)
-        ]
-        return jtu.tree_unflatten(structure, noisy)
+        noise = _tree.draw(jr.normal, jr.fold_in(key, 0x57A27), z0)
+        return jtu.tree_map(lambda a, b: a + self.scale * b, z0, noise)
 
 
 def solve_stream(

@@ -9,17 +9,9 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._attention import Attention, Heads, Past
+from ._checks import check_heads, check_sizes, check_tokens
 from ._generation import Cache
-from ._layers import (
-    Features,
-    Tokens,
-    check_heads,
-    check_sizes,
-    check_tokens,
-    embed,
-    over_tokens,
-    project,
-)
+from ._tokens import Features, Tokens, embed_at, over_tokens, project
 
 
 class TransformerBlock(eqx.Module):
@@ -61,7 +53,12 @@ class TransformerBlock(eqx.Module):
     def advance(
         self, h: Features, past: Past | None
     ) -> tuple[Features, tuple[Heads, Heads]]:
-        """The layer for tokens that follow a past, and their keys and values."""
+        """The layer for tokens that follow a past, and their keys and values.
+
+        Args:
+            h: what comes in, of shape (batch, length, dim).
+            past: keys and values of the tokens before; None: there are none.
+        """
         n = over_tokens(self.norm1, h)
         gathered, kept = self.attention(n, n, n, past)
         h = h + gathered
@@ -173,9 +170,7 @@ class TransformerLM(eqx.Module):
         return project(self.head, over_tokens(self.norm, h))
 
     def _embed(self, tokens: Tokens, positions: Array) -> Features:
-        return embed(self.tokens.weight, tokens) + embed(
-            self.positions.weight, positions
-        )
+        return embed_at(tokens, positions, table=self.tokens, places=self.positions)
 
     # Token by token
 

@@ -9,10 +9,10 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .. import _tree
+from .._checks import check_count
 from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint, UnrolledAdjoint
 from ..solvers import Reversible
-from ..solvers._base import check_count
 
 
 def correction_points(

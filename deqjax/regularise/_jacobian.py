@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import _tree
-from ..solvers._base import check_count
+from .._checks import check_count
 
 
 def jacobian_norm(
@@ -95,7 +95,7 @@ def jacobian_norm(
     draw = jr.normal if probe == "normal" else jr.rademacher
     total = 0.0
     for k in jr.split(key, num_probes):
-        out = product(_probe(k, z, draw))
+        out = product(_tree.draw(draw, k, z))
         total = total + _tree.dot(out, out, batch_ndim)
     return jnp.asarray(total) / (num_probes * _tree.size(z, batch_ndim))
 
@@ -158,7 +158,7 @@ def jacobian_spectral_norm(
     def step(_: Any, v: PyTree) -> PyTree:
         return _unit(transposed(product(v))[0], batch_ndim)
 
-    start = _unit(_probe(key, z, jr.normal), batch_ndim)
+    start = _unit(_tree.draw(jr.normal, key, z), batch_ndim)
     v = lax.stop_gradient(lax.fori_loop(0, num_steps, step, start))
     out = jax.jvp(f, (z,), (v,))[1]
     square = _tree.dot(out, out, batch_ndim)
@@ -179,13 +179,6 @@ def _difference(f: Callable, z: PyTree, batch_ndim: int) -> Callable:
         return _tree.scale(1 / h, _tree.subtract(f(moved), base))
 
     return product
-
-
-def _probe(key: PRNGKeyArray, z: PyTree, draw: Callable) -> PyTree:
-    leaves, structure = jtu.tree_flatten(z)
-    keys = jr.split(key, len(leaves))
-    draws = [draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
-    return jtu.tree_unflatten(structure, draws)
 
 
 def _unit(v: PyTree, batch_ndim: int) -> PyTree:

@@ -5,20 +5,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 
 from deqjax._fold import fold
-
-
-def count(make, **arguments):
-    """Parameters of what `make` makes, without making them."""
-    out = eqx.filter_eval_shape(make, key=jr.key(0), **arguments)
-    model = out[0] if isinstance(out, tuple) else out
-    return sum(leaf.size for leaf in jax.tree.leaves(model) if hasattr(leaf, "size"))
-
-
-# Layers draw many small arrays: XLA compiles this generator in a third of the time.
-QUICK = jr.key(0, impl="unsafe_rbg")
+from tests.nn.training import nll
 
 
 def fill(make, seed=0, mean=0.5):
@@ -60,32 +49,7 @@ def data(classes=2, n=6, side=8, channels=3):
 
 def cross_entropy(logits, labels):
     """The mean over a batch, and over pixels where logits have them."""
-    logs = jnp.moveaxis(jax.nn.log_softmax(logits, 1), 1, -1)
-    return -jnp.mean(jnp.take_along_axis(logs, labels[..., None], -1))
-
-
-def train(model, step, num_steps, lr=1e-2):
-    """Adam with `step(model, *carried) -> ((loss, carried), gradient)`; the losses."""
-    optimiser = optax.adam(lr)
-    params = lambda m: eqx.filter(m, eqx.is_inexact_array)
-
-    @eqx.filter_jit
-    def update(model, moments, carried):
-        (loss, carried), gradient = step(model, *carried)
-        # optax raises a float to the power of its integer counter.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, moments = optimiser.update(gradient, moments)
-        return eqx.apply_updates(model, updates), moments, carried, loss
-
-    def run(carried):
-        nonlocal model
-        moments, losses = optimiser.init(params(model)), []
-        for _ in range(num_steps):
-            model, moments, carried, loss = update(model, moments, carried)
-            losses.append(float(loss))
-        return model, carried, losses
-
-    return run
+    return jnp.mean(nll(logits, labels, axis=1))
 
 
 # --- layers in NumPy, on one example --------------------------------------------------

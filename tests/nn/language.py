@@ -1,11 +1,10 @@
 """A task for small language models, and what trains them on it."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
-from jax import lax
+
+from tests.nn import training
 
 VOCAB, HALF = 7, 4
 
@@ -22,31 +21,17 @@ def repeated(nll):
     return jnp.mean(nll[:, HALF - 1 :])
 
 
-def cross_entropy(logits, targets):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-
-def train(model, loss, steps=120, rate=1e-2):
-    """Adam on fresh batches of the copying task; the loss of every step.
+def train(model, loss, steps=120, rate=1e-2, jit=eqx.filter_jit):
+    """Fresh batches of the copying task in every step; the model and its losses.
 
     loss: (model, tokens, targets, key) -> scalar
     """
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    moving, fixed = eqx.partition(model, eqx.is_inexact_array)
 
-    def step(carry, key):
-        moving, state = carry
-        data, drop = jr.split(key)
+    def step(model, key):
+        key, data, drop = jr.split(key, 3)
+        objective = lambda model: loss(model, *copying(data), drop)
+        value, gradient = eqx.filter_value_and_grad(objective)(model)
+        return (value, (key,)), gradient
 
-        def objective(moving):
-            return loss(eqx.combine(moving, fixed), *copying(data), drop)
-
-        value, gradient = jax.value_and_grad(objective)(moving)
-        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
-            updates, state = optimiser.update(gradient, state, moving)
-        return (optax.apply_updates(moving, updates), state), value
-
-    start = (moving, optimiser.init(moving))
-    run = jax.jit(lambda start, keys: lax.scan(step, start, keys))
-    (moving, _), losses = run(start, jr.split(jr.key(11), steps))
-    return eqx.combine(moving, fixed), losses
+    trained, _, losses = training.train(model, step, steps, rate, jit)((jr.key(11),))
+    return trained, losses

@@ -13,6 +13,7 @@ from deqjax.nn._deq_transformer import Context, by_distance, sinusoids
 from tests.helpers import error
 from tests.nn import language
 from tests.nn.language import VOCAB, repeated
+from tests.nn.training import quick
 
 TIGHT = deqjax.Picard(1e-6, 1e-6, batch_ndim=1)
 
@@ -80,7 +81,7 @@ def test_the_block_is_the_published_one(pre_norm):
     z, memory = jr.normal(jr.key(1), (1, n, d)), jr.normal(jr.key(2), (1, m, d))
     u = jr.normal(jr.key(3), (1, m + n, 3 * d))
     x = Context(u, memory, jnp.array(1), sinusoids(m + n, d, jnp.float32))
-    got = eqx.filter_jit(block)(z, x)[0]
+    got = quick(block)(z, x)[0]
     wide = lambda a: np.asarray(a, np.float64) if eqx.is_inexact_array(a) else a
     block, z, memory, u = jax.tree.map(wide, (block, z, memory, u))
 
@@ -128,7 +129,7 @@ def test_words_one_by_one_with_memory_are_the_whole_text():
     model = lm(memory_length=8, solver=solver, scale=0.3, key=jr.key(2))
     tokens = jr.randint(jr.key(1), (2, 8), 0, VOCAB)
 
-    @eqx.filter_jit
+    @quick
     def step(model, tokens, memory):
         sol, memory = model.solve(tokens, memory=memory)
         return model.log_probs(sol.value), memory, sol.stats["converged"]
@@ -146,7 +147,7 @@ def test_words_one_by_one_with_memory_are_the_whole_text():
 def test_memory_is_the_last_states_and_is_used():
     model = lm(memory_length=3)
     tokens = jr.randint(jr.key(1), (2, 5), 0, VOCAB)
-    solve = eqx.filter_jit(lambda m, t, memory: m.solve(t, memory=memory))
+    solve = quick(lambda m, t, memory: m.solve(t, memory=memory))
     sol, memory = solve(model, tokens, model.empty_memory(2))
     assert error(memory.z, sol.value[:, 2:]) == 0
     _, injection = model.context(tokens)
@@ -171,7 +172,7 @@ def test_copying_is_learned_and_solves_converge():
     assert float(losses[0]) > 1.5
     assert float(losses[-1]) < 0.15
     tokens, _ = language.copying(jr.key(5))
-    sol, _ = eqx.filter_jit(lambda m, t: m.solve(t))(trained, tokens)
+    sol, _ = quick(lambda m, t: m.solve(t))(trained, tokens)
     assert sol.stats["relative_residual"].shape == (16,)
     assert float(jnp.median(sol.stats["relative_residual"])) < 1e-2
 
@@ -198,6 +199,7 @@ def test_dropout_needs_a_key_and_is_off_in_inference_mode():
         (lambda: DEQTransformerBlock(6, 4, 8, key=jr.key(0)), "multiple of.*6.*4"),
         (lambda: DEQTransformerBlock(5, 5, 8, key=jr.key(0)), "`dim` must be even.*5"),
         (lambda: lm(dropout=1.5), "1.5"),
+        (lambda: lm(solver=deqjax.Broyden()), "`solver`.*batch_ndim=1"),
         (lambda: lm(memory_length=-1), "`memory_length`.*-1"),
         (lambda: lm().solve(jnp.zeros(3, int)), r"shape \(batch, length\)"),
         (

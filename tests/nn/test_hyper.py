@@ -11,7 +11,7 @@ import deqjax
 from deqjax.nn import HyperDEQ, HyperNetwork
 from tests import helpers
 from tests.helpers import OK, error, inner, slope, weigh
-from tests.nn.images import QUICK, train
+from tests.nn.training import QUICK, train
 
 KEY = QUICK
 

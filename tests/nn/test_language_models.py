@@ -11,7 +11,8 @@ import deqjax
 from deqjax.nn import RevDEQBlock, RevDEQLM, TransformerLM, count_parameters
 from tests.helpers import error
 from tests.nn import language
-from tests.nn.language import VOCAB, cross_entropy, repeated
+from tests.nn.language import VOCAB, repeated
+from tests.nn.training import nll, quick
 
 MODELS = {
     "RevDEQ": RevDEQLM(VOCAB, 16, 2, max_length=8, key=jr.key(0)),
@@ -26,10 +27,10 @@ def model(request):
 
 
 def loss(model, tokens, targets, key=None):
-    return repeated(cross_entropy(model(tokens), targets))
+    return repeated(nll(model(tokens), targets))
 
 
-@eqx.filter_jit
+@quick
 def apply(model, tokens, **kwargs):
     return model(tokens, **kwargs)
 
@@ -54,7 +55,7 @@ def test_the_block_is_the_published_one():
     norms = lambda b: [p for n in (b.norm1, b.norm2) for p in (n.weight, n.bias)]
     block = eqx.tree_at(norms, block, [wave(p) for p in norms(block)])
     z, x = jr.normal(jr.key(1), (2, 2, n, d))
-    got = eqx.filter_jit(block)(z, x)
+    got = quick(block)(z, x)
     wide = lambda a: np.asarray(a, np.float64) if eqx.is_inexact_array(a) else a
     block, z, x = jax.tree.map(wide, (block, z, x))
 
@@ -135,7 +136,7 @@ def test_compiled_and_eager_agree_and_are_the_gradient_of_the_steps(model):
 )
 def test_copying_is_learned(name):
     model = MODELS[name]
-    trained, losses = language.train(model, loss, steps=100)
+    trained, losses = language.train(model, loss, steps=100, jit=quick)
     assert float(losses[0]) > 1.5
     assert float(losses[-1]) < 0.15
     tokens, targets = language.copying(jr.key(5))
@@ -145,7 +146,7 @@ def test_copying_is_learned(name):
 
 def test_the_residual_is_reported():
     model = MODELS["RevDEQ"]
-    sol = eqx.filter_jit(lambda m, t: m.solve(t))(model, TOKENS)
+    sol = quick(lambda m, t: m.solve(t))(model, TOKENS)
     assert int(sol.stats["num_evals"]) == 8
     assert error(model.logits(sol.value), apply(model, TOKENS)) <= 1e-6
     x = model.tokens.weight[TOKENS] + model.positions.weight
@@ -179,6 +180,12 @@ def test_parameters_may_have_another_dtype():
     [
         (lambda: RevDEQLM(0, 8, 2, max_length=8, key=jr.key(0)), "`vocab_size`.*0"),
         (lambda: RevDEQLM(7, 8, 3, max_length=8, key=jr.key(0)), "multiple of.*3"),
+        (
+            lambda: RevDEQLM(
+                7, 8, 2, max_length=8, solver=deqjax.Picard(), key=jr.key(0)
+            ),
+            "`solver`.*batch_ndim=1.*got batch_ndim=0",
+        ),
         (lambda: RevDEQBlock(8, 2, 8, residual="x", key=jr.key(0)), "`residual`.*'x'"),
         (lambda: TransformerLM(7, 8, 2, 0, max_length=8, key=jr.key(0)), "num_layers"),
         (lambda: MODELS["RevDEQ"](TOKENS[0]), r"shape \(batch, length\).*\(8,\)"),

@@ -18,8 +18,9 @@ from deqjax.nn import (
     RevDEQClassifier,
 )
 from tests.helpers import error
-from tests.nn.images import QUICK, data
+from tests.nn.images import data
 from tests.nn.test_hyper import Cell
+from tests.nn.training import QUICK, quick
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ STATIC = {"solver": deqjax.Picard(None, None, batch_ndim=1), "max_steps": 3}
 
 
 def stateful(make, *args, **settings):
-    @eqx.filter_jit
+    @quick
     def init(key):
         return eqx.nn.make_with_state(make)(*args, **settings, key=key)
 

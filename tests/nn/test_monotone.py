@@ -19,10 +19,10 @@ from deqjax.nn import (
     MonotoneDEQ,
     PeacemanRachford,
 )
-from deqjax.nn._fourier import spectral_bound
 from deqjax.nn._monotone_deq import _split
 from tests.helpers import OK, error
-from tests.nn.images import QUICK, count, cross_entropy, data, fill, repeated, train
+from tests.nn.images import cross_entropy, data, fill, repeated
+from tests.nn.training import QUICK, train
 
 SHAPES = {"dense": (2, 3), "two tiers": (2, 2, 4, 2), "three tiers": (2, 2, 4, 8)}
 MAKERS = {
@@ -126,15 +126,6 @@ def test_the_tiers_are_coupled_as_in_the_formula():
         - inner(np_circular(b, y), parts[2])
     )
     np.testing.assert_allclose(inner(image, y), want, rtol=1e-4)
-
-
-def test_spectral_bound_is_a_close_upper_bound():
-    rng = np.random.default_rng(0)
-    stack = rng.normal(size=(3, 6, 4)) + 1j * rng.normal(size=(3, 6, 4))
-    want = np.linalg.norm(stack, 2, (1, 2)).max()
-    got = float(spectral_bound(jnp.asarray(stack, jnp.complex64)))
-    assert want * (1 - 1e-6) <= got <= want * 4 ** (1 / 32)
-    assert float(spectral_bound(jnp.zeros((2, 2)))) == 0
 
 
 # --- the equilibrium ------------------------------------------------------------------
@@ -242,20 +233,6 @@ def test_the_gradient_is_that_of_the_equilibrium(splitting, x64):
 
 
 # --- classifiers ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("mnist_dense", 84_313),
-        ("cifar10_conv", 172_218),
-        ("cifar10_tiers", 170_194),
-        ("cifar10_conv_large", 853_612),
-        ("cifar10_tiers_large", 1_014_546),
-    ],
-)
-def test_published_classifiers_have_their_parameters(name, parameters):
-    assert count(getattr(MonotoneClassifier, name)) == parameters
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,17 @@ def test_the_bound_is_above_the_norm_and_close_to_it(shape):
         assert norm <= bound <= norm * min(shape) ** (0.5 ** (k + 1)) * 1.0001
 
 
+def test_stacks_may_be_complex_and_each_matrix_has_its_own_bound():
+    rng = np.random.default_rng(0)
+    stack = rng.normal(size=(4, 6, 4)) + 1j * rng.normal(size=(4, 6, 4))
+    stack *= np.array([1e-20, 1.0, 0.0, 1e15])[:, None, None]
+    want = np.linalg.norm(stack, 2, (1, 2))
+    got = np.asarray(spectral_bound(jnp.asarray(stack, jnp.complex64), 4), np.float64)
+    assert got[2] == 0
+    got, want = got[[0, 1, 3]], want[[0, 1, 3]]
+    assert ((want <= got) & (got <= want * 4 ** (1 / 32) * 1.0001)).all()
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_the_bound_scales_with_the_matrix(scale):
     w = jr.orthogonal(jr.key(0), 6)

@@ -12,29 +12,8 @@ import deqjax
 from deqjax.nn import ConvCell, RevDEQClassifier
 from tests import helpers
 from tests.helpers import error
-from tests.nn.images import (
-    QUICK,
-    count,
-    cross_entropy,
-    data,
-    fill,
-    np_conv,
-    np_norm,
-    relu,
-    train,
-)
-
-
-@pytest.mark.parametrize(
-    ("make", "parameters"),
-    [
-        # Derived: 10.3 million for four scales.
-        (RevDEQClassifier.cifar10, 10_319_754),
-        (RevDEQClassifier.cifar10_single, 27 * 32 + 64 + 18 * 32**2 + 6 * 32 + 330),
-    ],
-)
-def test_published_models_have_their_parameters(make, parameters):
-    assert count(eqx.nn.make_with_state(make)) == parameters
+from tests.nn.images import cross_entropy, data, fill, np_conv, np_norm, relu
+from tests.nn.training import QUICK, quick, train
 
 
 def test_the_cell_is_its_formula():
@@ -49,7 +28,7 @@ def test_the_cell_is_its_formula():
     assert error(eqx.filter_jit(cell)(cast(z), cast(x))[0], want) <= 1e-4
 
 
-@eqx.filter_jit
+@quick
 def make(key, max_steps=1):
     return eqx.nn.make_with_state(RevDEQClassifier)(
         (4, 6), (1, 2), 2, max_steps=max_steps, key=key
@@ -70,7 +49,7 @@ def gradient(model, state, _):
 def test_the_classifier_learns_and_reports_residuals():
     model, state = make(QUICK)
     blank = [(jnp.array(0), jnp.zeros(6))] * 2
-    _, (_, stats), losses = train(model, gradient, 20)((state, blank))
+    _, (_, stats), losses = train(model, gradient, 20, jit=quick)((state, blank))
     assert losses[-1] <= 0.1 * losses[0]
     for num_evals, residual in stats:
         assert int(num_evals) == 2

@@ -123,8 +123,25 @@ def test_the_spectral_norm_and_its_gradient_are_those_of_the_singular_vectors(x6
             )
         )(z, a[1], a[2])
     )
-    gradient = jax.jit(jax.grad(lambda a: jnp.sum(run(a))))(p.args)
+    total = lambda a: jnp.sum(run(a))
+    gradient = jax.jit(jax.grad(total))(p.args)
     assert error(gradient, jax.jit(jax.grad(exact))(p.args)) <= 1e-5
+    # And of the estimate itself, though its singular vector counts as a constant.
+    direction, want = slope(total, p.args)
+    assert abs(helpers.inner(gradient, direction) - want) <= 1e-5 * abs(want)
+
+
+def test_the_spectral_norm_is_approached_from_below():
+    p = helpers.problem("tanh", 5)
+    z = jnp.linspace(-1, 1, 5)
+    run = jax.jit(
+        lambda n: jacobian_spectral_norm(p.fn, z, p.args, key=jr.key(0), num_steps=n),
+        static_argnums=0,
+    )
+    got = [float(run(n)) for n in (1, 4, 40)]
+    want = np.linalg.norm(dense(p, z), 2)
+    assert got[0] < got[1] <= got[2] <= want * (1 + 1e-5)
+    assert got[2] >= want * (1 - 1e-3)
 
 
 def test_a_zero_jacobian_has_the_norm_zero_and_a_gradient():
@@ -147,3 +164,8 @@ def test_a_zero_jacobian_has_the_norm_zero_and_a_gradient():
 def test_what_does_not_fit_is_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
         jacobian_norm(lambda z, a: z, jnp.ones(2), key=jr.key(0), **settings)
+
+
+def test_a_power_iteration_takes_a_step_at_least():
+    with pytest.raises(ValueError, match="`num_steps`.*0"):
+        jacobian_spectral_norm(lambda z, a: z, jnp.ones(2), key=jr.key(0), num_steps=0)

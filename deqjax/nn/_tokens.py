@@ -1,0 +1,45 @@
+"""What the language models share: layers on tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Int
+
+Tokens = Int[Array, "batch length"]
+Features = Float[Array, "batch length dim"]
+
+
+def over_tokens(layer: Callable, x: Array) -> Array:
+    """A layer for one vector, applied over all leading axes."""
+    for _ in range(x.ndim - 1):
+        layer = jax.vmap(layer)
+    return layer(x)
+
+
+def project(layer: Any, x: Array) -> Array:
+    """A linear layer over all leading axes.
+
+    It computes in the dtype of its weights; the dtype of x comes back.
+    """
+    dtype = jtu.tree_leaves(eqx.filter(layer, eqx.is_inexact_array))[0].dtype
+    return over_tokens(layer, x.astype(dtype)).astype(x.dtype)
+
+
+def embed(table: Float[Array, "rows dim"], rows: Int[Array, "..."]) -> Array:
+    """Rows of a table; NaN for a row beyond its end."""
+    return table.at[rows].get(mode="fill", fill_value=jnp.nan)
+
+
+def embed_at(
+    tokens: Tokens,
+    positions: Int[Array, " length"],
+    *,
+    table: eqx.nn.Embedding,
+    places: eqx.nn.Embedding,
+) -> Features:
+    """The embeddings of tokens and of their positions, added."""
+    return embed(table.weight, tokens) + embed(places.weight, positions)
