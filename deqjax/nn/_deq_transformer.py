@@ -9,6 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
+from ._attention import confine
 from ._checks import check_heads, check_sizes
 from ._dropout import VariationalDropout, split_key
 from ._tokens import Features, over_tokens, project
@@ -168,6 +169,7 @@ class DEQTransformerBlock(eqx.Module):
         _, old_k, old_v = (self._split(part) for part in jnp.split(old, 3, axis=-1))
         k = jnp.concatenate([old_k, k], axis=1)
         v = jnp.concatenate([old_v, v], axis=1)
+        k, v = confine(k, v)
         s = project(self.distance, x.distances)
         s = s.reshape(len(s), *self.content_bias.shape)
 
@@ -183,7 +185,7 @@ class DEQTransformerBlock(eqx.Module):
         scores = content + by_distance(apart)
         i = jnp.arange(z.shape[1])[:, None] + size
         j = jnp.arange(size + z.shape[1])
-        seen = (j <= i) & (j >= size - x.remembered)
+        seen = (j <= i) & (j >= size - x.remembered.astype(j.dtype))
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
         weights = self.drop_weights(weights.astype(v.dtype), key=key)
         return jnp.einsum("bhij,bjhd->bihd", weights, v).reshape(z.shape)

@@ -1,5 +1,6 @@
 """Text token by token, from models that keep keys and values."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -116,11 +117,13 @@ def generate(
         model: a `RevDEQLM` or `TransformerLM`.
         prompt: integers of shape (batch, length), at least one token each.
         num_tokens: how many to add.
-        temperature: what logits are divided by; a Python 0 takes the likeliest token.
-        key: for sampling; not needed with `temperature=0`.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        key: for sampling; not needed with a Python 0 as the temperature.
 
     Returns:
-        The new tokens.
+        The new tokens; −1 where there is nothing to choose from: in sequences with a
+        token that is not in the vocabulary, or for an array `temperature` that is
+        negative or not finite.
 
     Raises:
         ValueError: if a shape does not fit, a key is missing, or the sequences would
@@ -135,13 +138,20 @@ def generate(
     """
     check_sizes(num_tokens=num_tokens)
     check_tokens("prompt", prompt)
+    if not jnp.issubdtype(prompt.dtype, jnp.signedinteger) or prompt.dtype.itemsize < 4:
+        prompt = prompt.astype(jnp.int32)  # Room for every token, and for −1.
     total = prompt.shape[1] + num_tokens
     if total > model.max_length:
         raise ValueError(
             f"`prompt` and `num_tokens` need {total} positions; the model has "
             f"`max_length` = {model.max_length}."
         )
-    greedy = isinstance(temperature, int | float) and temperature == 0
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (number or isinstance(temperature, Array)) or jnp.ndim(temperature):
+        raise TypeError(f"`temperature` must be a number; got {temperature!r}.")
+    if number and not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"`temperature` must be ≥ 0 and finite; got {temperature!r}.")
+    greedy = number and temperature == 0
     if key is None:
         if not greedy:
             raise ValueError(
@@ -152,10 +162,13 @@ def generate(
 
     def choose(hidden: Features, key: PRNGKeyArray) -> Int[Array, " batch"]:
         logits = model.logits(hidden[:, -1:])[:, 0]
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(prompt.dtype)
-        chosen = jr.categorical(key, logits / temperature)
-        return chosen.astype(prompt.dtype)
+        chosen, known = jnp.argmax(logits, axis=-1), ~jnp.isnan(logits).any(-1)
+        if not greedy:
+            heat = jnp.asarray(temperature, logits.dtype)
+            sampled = jr.categorical(key, logits / jnp.where(heat > 0, heat, 1))
+            chosen = jnp.where(heat > 0, sampled, chosen)
+            known &= (heat >= 0) & jnp.isfinite(heat)
+        return jnp.where(known, chosen, -1).astype(prompt.dtype)
 
     def step(carry: PyTree, key: PRNGKeyArray) -> tuple[PyTree, Array]:
         token, cache = carry

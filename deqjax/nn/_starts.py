@@ -105,7 +105,8 @@ def solve_stream(
 
     $$ z^*_t = \mathrm{cell}(z^*_t, x_t), \qquad z^{(0)}_t = z^*_{t-1} $$
 
-    One `lax.scan` over the frames, with one key for all: the same masks throughout.
+    One `lax.scan` over the frames, with one key for all: the same masks throughout. A
+    problem whose equilibrium is not finite begins anew in the next frame.
 
     Args:
         deq: the layer.
@@ -143,6 +144,9 @@ def solve_stream(
 
     def step(z: PyTree, x: PyTree) -> tuple[PyTree, tuple]:
         z = z if carry_gradient else lax.stop_gradient(z)
+        # What a bad frame made NaN must not spoil those that follow.
+        known = _tree.all_finite(z, getattr(deq.solver, "batch_ndim", 0))
+        z = _tree.where(known, z, deq.initial_state(x, key=key))
         sol: optx.Solution = deq.solve(x, z0=z, key=key, options=options)
         return sol.value, (sol.value, lax.stop_gradient(sol.stats))
 

@@ -30,8 +30,10 @@ def project(layer: Any, x: Array) -> Array:
 
 
 def embed(table: Float[Array, "rows dim"], rows: Int[Array, "..."]) -> Array:
-    """Rows of a table; NaN for a row beyond its end."""
-    return table.at[rows].get(mode="fill", fill_value=jnp.nan)
+    """Rows of a table; NaN for rows that it does not have, negative ones too."""
+    return table.at[rows].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )
 
 
 def embed_at(
