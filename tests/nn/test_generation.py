@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import RevDEQLM, TransformerLM, generate
+from deqjax.nn import LearnedStart, RevDEQLM, TransformerLM, generate
 from tests.helpers import error
 
 TOKENS = jr.randint(jr.key(1), (3, 9), 0, 17)
@@ -65,6 +65,20 @@ def test_token_by_token_is_the_parallel_forward(name):
     if "converged" in name:
         worst = np.asarray(cache.residual)
         assert np.all((worst > 0) & (worst < 3e-6))
+
+
+def test_a_start_of_the_layer_is_that_of_the_parallel_forward():
+    model = MODELS["4 reversible steps"]()
+    start = eqx.tree_at(
+        lambda s: s.value, LearnedStart((8,), batch_ndim=2), jnp.linspace(-2, 2, 8)
+    )
+    model = eqx.tree_at(
+        lambda m: m.deq.start, model, start, is_leaf=lambda x: x is None
+    )
+    want = eqx.filter_jit(lambda m, t: m(t))(model, TOKENS)
+    first, cache = extend(model, TOKENS[:, :8], model.empty_cache(3, 9))
+    last, _ = extend(model, TOKENS[:, 8:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, last], 1), want, atol=1e-4)
 
 
 def test_generated_tokens_are_the_likeliest_of_the_parallel_forward():

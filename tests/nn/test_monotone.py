@@ -175,6 +175,43 @@ def test_twenty_random_starts_and_both_splittings_reach_the_one_equilibrium(kind
                 assert float(jnp.max(a.at[..., 1:-1, 1:-1].set(0))) == 0
 
 
+@pytest.mark.parametrize("splitting", [ForwardBackward(), PeacemanRachford()])
+@pytest.mark.parametrize(("m", "size"), [(0.01, 10.0), (1.0, 5.0), (1.0, 1.0)])
+def test_converged_means_that_the_equation_holds(splitting, m, size):
+    operator = MonotoneDense(3, 6, m=m, key=jr.key(0))
+    scaled = (size * operator.A, size * operator.B)
+    operator = eqx.tree_at(lambda o: (o.A, o.B), operator, scaled)
+    layer, x = MonotoneDEQ(operator, splitting=splitting), jnp.ones((1, 3))
+    sol = layer.solve(x, z0=10 * jr.normal(jr.key(1), (1, 6)))
+    again = layer.equation(sol.value, x)
+    residual, norm = (jnp.linalg.norm(a) for a in (again - sol.value, again))
+    np.testing.assert_allclose(sol.stats["residual"][0], residual, rtol=1e-2)
+    met = bool(residual <= 1e-6 + 1e-4 * norm)
+    assert bool(sol.stats["converged"][0]) == met
+    assert (sol.result == OK) == met
+    # Only steps that are very short do not get there.
+    assert met or isinstance(splitting, ForwardBackward)
+    if not met:
+        with pytest.raises(RuntimeError, match="steps"):
+            layer.solve(x, throw=True)
+
+
+def test_the_slack_bounds_the_equation_by_the_step():
+    operator, x = operator_and_input("dense")
+    bias = operator.inject(x)
+    for alpha in (0.05, 0.7, 3.0):
+        for splitting in (ForwardBackward(alpha), PeacemanRachford(alpha)):
+            for seed in range(3):
+                u = jr.normal(jr.key(seed), (2, 5))
+                z = splitting.read(operator, u)
+                if isinstance(splitting, ForwardBackward):
+                    u = z = jax.nn.relu(u)
+                moved = splitting.step(operator, bias, u) - u
+                missed = operator.activate(operator.multiply(z) + bias) - z
+                bound = splitting.slack(operator, u) * jnp.linalg.norm(moved, axis=1)
+                assert bool(jnp.all(jnp.linalg.norm(missed, axis=1) <= 1.001 * bound))
+
+
 def test_inverses_and_bounds_are_made_once_per_solve():
     operator, x = operator_and_input("two tiers")
     u = operator.initial_state(x)
