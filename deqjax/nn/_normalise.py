@@ -92,15 +92,15 @@ class Contractive(eqx.Module):
     **Cost:** see `spectral_bound`, once per solve.
 
     Args:
-        layer: an `equinox.nn.Linear` or `equinox.nn.Conv`, padded with zeros or
-            circularly.
+        layer: an `equinox.nn.Linear` or `equinox.nn.Conv`, padded with zeros, or
+            circularly by no more than its kernel needs.
         kappa: κ > 0; below 1 for a contraction.
         num_squarings: see `spectral_bound`.
 
     Raises:
         TypeError: if `layer` is neither.
         ValueError: if `kappa` or `num_squarings` is not valid, or the padding repeats
-            entries.
+            entries for the same entry of the kernel.
 
     Example:
         >>> import deqjax, equinox as eqx, jax.numpy as jnp, jax.random as jr
@@ -133,6 +133,15 @@ class Contractive(eqx.Module):
             raise ValueError(
                 '`layer` must be padded with "ZEROS" or "CIRCULAR", since entries that '
                 f"are repeated count more than once; got {padding!r}."
+            )
+        wraps = padding == "CIRCULAR" and not isinstance(layer.padding, str)
+        reach = zip(layer.kernel_size, layer.dilation, layer.padding) if wraps else ()
+        if any(low + high > (size - 1) * step for size, step, (low, high) in reach):
+            raise ValueError(
+                "`layer` must not be padded circularly by more than its kernel needs, "
+                "(kernel_size − 1) · dilation in total, since entries would count more "
+                f"than once; got padding {layer.padding} for kernel_size "
+                f"{layer.kernel_size} and dilation {layer.dilation}."
             )
         check_positive("kappa", kappa)
         check_sizes(num_squarings=num_squarings)
