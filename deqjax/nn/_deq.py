@@ -153,7 +153,7 @@ class DEQ(eqx.Module):
             options: see `deqjax.regularise.correction_points`.
         """
         refuse_stateful(self.cell)
-        return correction_points(
+        points, sol = correction_points(
             apply_cell,
             self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
@@ -163,6 +163,7 @@ class DEQ(eqx.Module):
             max_steps=self.max_steps if max_steps is None else max_steps,
             options=options,
         )
+        return points, unless_lost(sol, self.solver)
 
     def initial_state(self, x: PyTree, *, key: Array | None = None) -> PyTree:
         """Where solves start that are given no `z0`.
