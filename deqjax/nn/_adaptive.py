@@ -158,7 +158,7 @@ class AdaptiveSoftmax(eqx.Module):
     def nll(
         self,
         hidden: Float[Array, "batch length dim"],
-        targets: Int[Array, "batch length"],
+        targets: Int[Array, "..."],
         embedding: AdaptiveEmbedding,
     ) -> Float[Array, "batch length"]:
         """−log p of each target, in at least float32; NaN for those out of range.
@@ -167,7 +167,15 @@ class AdaptiveSoftmax(eqx.Module):
             hidden: what the softmax is of.
             targets: a token for each vector.
             embedding: the one that this module was made for, or its successor.
+
+        Raises:
+            ValueError: if there is not one target for each vector.
         """
+        if targets.shape != hidden.shape[:-1]:
+            raise ValueError(
+                "`targets` must be one for each state, of shape "
+                f"{hidden.shape[:-1]}; got {targets.shape}."
+            )
         flat = hidden.reshape(-1, hidden.shape[-1])
         wanted = targets.reshape(-1)
         bounds = jnp.asarray(embedding.bounds, wanted.dtype)

@@ -206,6 +206,14 @@ def test_dropout_needs_a_key_and_is_off_in_inference_mode():
             ),
             r"length 4.*\(2, 3\)",
         ),
+        (
+            lambda: lm().nll(jnp.zeros((2, 4, 16)), jnp.zeros((2, 6), int)),
+            r"`targets`.*\(2, 4\).*\(2, 6\)",
+        ),
+        (
+            lambda: lm().nll(jnp.zeros((2, 4, 16)), jnp.zeros((4, 2), int)),
+            r"`targets`.*\(2, 4\).*\(4, 2\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(make, words):
