@@ -116,6 +116,19 @@ def test_layers_with_a_state_are_refused_inside_a_cell():
         DEQ(Holder([eqx.nn.StateIndex(jnp.zeros(()))]))
 
 
+def test_sequences_are_as_stateful_as_their_layers():
+    linear = eqx.nn.Linear(3, 3, key=jr.key(0))
+    plain = eqx.nn.Sequential([linear, eqx.nn.Sequential([linear])])
+    cell = lambda layers: eqx.Partial(lambda f, z, x: 0.5 * jnp.tanh(f(z)) + x, layers)
+    deq = DEQ(cell(plain), solver=deqjax.Picard(1e-6, 1e-6))
+    z = deq(X)
+    np.testing.assert_allclose(z, deq.cell(z, X), rtol=1e-5)
+    mixed = eqx.nn.Sequential([linear, eqx.nn.Sequential([norm()])])
+    with pytest.raises(ValueError, match=r"layers\[1\].layers\[0\]` is a BatchNorm"):
+        DEQ(Holder([mixed]))
+    DEQ(Holder([eqx.nn.inference_mode(mixed)]))
+
+
 def test_batch_norm_is_allowed_in_inference_mode_and_checked_at_the_call():
     deq = DEQ(Holder([norm(inference=True)]), solver=deqjax.Picard(1e-6, 1e-6))
     np.testing.assert_allclose(deq(X), 2 * X, rtol=1e-5)
