@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .. import _tree
 from .._tree import wide
 from ._attention import confine
 from ._checks import check_heads, check_sizes
@@ -129,10 +130,8 @@ class DEQTransformerBlock(eqx.Module):
 
     def initial_state(self, x: Context) -> Features:
         """Zeros."""
-        batch, keys, _ = x.injection.shape
-        length = keys - x.memory.shape[1]
-        shape = (batch, length, x.memory.shape[2])
-        return jnp.zeros(shape, x.memory.dtype)
+        length = x.injection.shape[1] - x.memory.shape[1]
+        return _tree.zeros_for(x.injection, (length, x.memory.shape[2]))
 
     def __call__(
         self, z: Features, x: Context, *, key: PRNGKeyArray | None = None

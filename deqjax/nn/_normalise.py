@@ -135,8 +135,9 @@ class Contractive(eqx.Module):
                 f"are repeated count more than once; got {padding!r}."
             )
         wraps = padding == "CIRCULAR" and not isinstance(layer.padding, str)
-        reach = zip(layer.kernel_size, layer.dilation, layer.padding) if wraps else ()
-        if any(low + high > (size - 1) * step for size, step, (low, high) in reach):
+        pads = layer.padding if wraps else ()
+        reach = zip(pads, layer.kernel_size, layer.dilation, strict=False)
+        if any(low + high > (size - 1) * step for (low, high), size, step in reach):
             raise ValueError(
                 "`layer` must not be padded circularly by more than its kernel needs, "
                 "(kernel_size − 1) · dilation in total, since entries would count more "

@@ -47,8 +47,9 @@ class LearnedStart(eqx.Module):
 
     def __call__(self, x: Any, *, key: PRNGKeyArray | None = None) -> Array:
         """The start for x: an array, or a pytree of arrays with the same batch."""
-        batch = jtu.tree_leaves(x)[0].shape[: self.batch_ndim]
-        return jnp.broadcast_to(self.value, (*batch, *self.value.shape))
+        first = jtu.tree_leaves(x)[0]
+        zeros = _tree.zeros_for(first, self.value.shape, self.batch_ndim)
+        return zeros.astype(self.value.dtype) + self.value
 
 
 class NoisyStart(eqx.Module):
