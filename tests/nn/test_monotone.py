@@ -19,7 +19,7 @@ from deqjax.nn import (
     MonotoneDEQ,
     PeacemanRachford,
 )
-from deqjax.nn._monotone_deq import _split
+from deqjax.nn._monotone_deq import _measured, _split
 from tests.helpers import OK, error
 from tests.nn.images import cross_entropy, data, fill, repeated
 from tests.nn.training import QUICK, train
@@ -80,6 +80,33 @@ def test_the_dense_operator_is_its_formula():
     want = 0.5 * np.eye(5) - a.T @ a + b - b.T
     got = dense(operator.multiply, one(operator.initial_state(x)))
     assert np.max(np.abs(got - want)) <= 1e-5
+
+
+def test_half_precision_takes_its_inverse_in_float32():
+    operator, x = jax.tree.map(
+        lambda a: a.astype(jnp.bfloat16), operator_and_input("dense")
+    )
+    z = MonotoneDEQ(operator)(x)
+    assert z.dtype == jnp.bfloat16
+    want = MonotoneDEQ(operator_and_input("dense")[0])(operator_and_input("dense")[1])
+    assert error(z.astype(jnp.float32), want) <= 0.05
+
+
+def test_a_kernel_without_a_direction_is_zero():
+    operator, x = operator_and_input("two tiers")
+    none = lambda kernel: jnp.zeros_like(kernel.direction)
+    operator = eqx.tree_at(lambda o: o.B[0].direction, operator, none(operator.B[0]))
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def energy(operator):
+        z = operator.multiply(operator.inject(x))
+        return sum(jnp.sum(a**2) for a in z)
+
+    value, slope = energy(operator)
+    off = eqx.tree_at(lambda o: o.B[0].scale, operator_and_input("two tiers")[0], 0.0)
+    np.testing.assert_allclose(value, energy(off)[0], rtol=1e-6)
+    assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves(slope))
 
 
 def np_circular(kernel, z, stride=1):
@@ -220,6 +247,9 @@ def test_inverses_and_bounds_are_made_once_per_solve():
     assert all(jnp.issubdtype(k.dtype, jnp.floating) for k in kept)
     assert backward.count("fft") == 4  # there and back, for each tier
     assert "lu" not in backward
+    tested, _ = repeated(_measured, u, (PeacemanRachford(), operator, x))
+    assert tested.count("fft") == 4
+    assert tested.count("dot_general") == backward.count("dot_general")
     forward, _ = repeated(_split, u, (ForwardBackward(), operator, x))
     assert "fft" not in forward
     assert "sqrt" not in forward  # nor norms of kernels
