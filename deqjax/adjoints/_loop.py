@@ -86,7 +86,7 @@ class SolverLoop:
         return tuple(carry)
 
     def start(self, init_val: tuple) -> Carry:
-        """The carry, its aux sharded as what the map returns, as optimistix's is not."""
+        """The carry, its aux sharded as what the map returns; optimistix's is not."""
 
         def leaf(zero: Any, static: Static) -> Any:
             struct = static.value

@@ -1,5 +1,6 @@
 """Text token by token, from models that keep keys and values."""
 
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +104,7 @@ def generate(
     *,
     temperature: float | int | Array = 1.0,
     key: PRNGKeyArray | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Int[Array, "batch num_tokens"]:
     """Continue sequences token by token.
 
@@ -119,6 +121,8 @@ def generate(
         num_tokens: how many to add.
         temperature: what logits are divided by; 0 takes the likeliest token.
         key: for sampling; not needed with a Python 0 as the temperature.
+        options: of every solve, see the model's `extend`: `{"beta": i}` for a solver
+            with a choice of them.
 
     Returns:
         The new tokens; −1 where there is nothing to choose from: in sequences with a
@@ -160,6 +164,10 @@ def generate(
             )
         key = jr.key(0)  # Not used.
 
+    extend = model.extend
+    if options is not None:
+        extend = ft.partial(extend, options=options)
+
     def choose(hidden: Features, key: PRNGKeyArray) -> Int[Array, " batch"]:
         logits = model.logits(hidden[:, -1:])[:, 0]
         chosen, known = jnp.argmax(logits, axis=-1), ~jnp.isnan(logits).any(-1)
@@ -172,12 +180,12 @@ def generate(
 
     def step(carry: PyTree, key: PRNGKeyArray) -> tuple[PyTree, Array]:
         token, cache = carry
-        hidden, cache = model.extend(token[:, None], cache)
+        hidden, cache = extend(token[:, None], cache)
         token = choose(hidden, key)
         return (token, cache), token
 
     keys = jr.split(key, num_tokens)
-    hidden, cache = model.extend(prompt, model.empty_cache(len(prompt), total))
+    hidden, cache = extend(prompt, model.empty_cache(len(prompt), total))
     first = choose(hidden, keys[0])
     _, rest = lax.scan(step, (first, cache), keys[1:])
     return jnp.concatenate([first[:, None], rest.T], axis=1)
