@@ -96,6 +96,16 @@ class Cache(eqx.Module):
         return jnp.where(fits, hidden, jnp.nan)
 
 
+def check_room(length: Any, positions: int) -> None:
+    """Raise unless a model has positions for all tokens of a cache."""
+    check_sizes(max_length=length)
+    if length > positions:
+        raise ValueError(
+            f"`max_length` may be {positions}, for which the model has positions; got "
+            f"{length}."
+        )
+
+
 @eqx.filter_jit
 def generate(
     model: Any,

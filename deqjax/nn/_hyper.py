@@ -34,7 +34,8 @@ class HyperNetwork(eqx.Module):
     as biases, start as zeros. (A last layer of common initialisation would make weights
     of a size that has nothing to do with the module's own.)
 
-    An array that the template holds in several places, a tied weight, is generated once.
+    An array that the template holds in several places (a tied weight) is generated
+    once.
 
     **Memory:** `rank` + 1 numbers for each that is generated: with n of them, rank · n
     in V.
@@ -101,7 +102,7 @@ class HyperNetwork(eqx.Module):
                     "`where` must choose real floating-point arrays alone; it chooses "
                     f"{eqx.tree_pformat(leaf)}."
                 )
-        # One array in two places is two leaves, and after any transformation two arrays.
+        # One array in two places is two leaves, and after a transformation two arrays.
         distinct = list({id(leaf): leaf for leaf in chosen}.values())
         places = {id(leaf): i for i, leaf in enumerate(distinct)}
         self.ties = tuple(places[id(leaf)] for leaf in chosen)

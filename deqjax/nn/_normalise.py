@@ -134,16 +134,8 @@ class Contractive(eqx.Module):
                 '`layer` must be padded with "ZEROS" or "CIRCULAR", since entries that '
                 f"are repeated count more than once; got {padding!r}."
             )
-        wraps = padding == "CIRCULAR" and not isinstance(layer.padding, str)
-        pads = layer.padding if wraps else ()
-        reach = zip(pads, layer.kernel_size, layer.dilation, strict=False)
-        if any(low + high > (size - 1) * step for (low, high), size, step in reach):
-            raise ValueError(
-                "`layer` must not be padded circularly by more than its kernel needs, "
-                "(kernel_size − 1) · dilation in total, since entries would count more "
-                f"than once; got padding {layer.padding} for kernel_size "
-                f"{layer.kernel_size} and dilation {layer.dilation}."
-            )
+        if isinstance(layer, eqx.nn.Conv) and padding == "CIRCULAR":
+            _check_wrap(layer)
         check_positive("kappa", kappa)
         check_sizes(num_squarings=num_squarings)
         self.layer, self.kappa, self.num_squarings = layer, kappa, num_squarings
@@ -167,3 +159,19 @@ class Contractive(eqx.Module):
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """The layer at x, with Ŵ."""
         return self.bounded()(x)
+
+
+def _check_wrap(layer: eqx.nn.Conv) -> None:
+    """Raise if an entry of the kernel meets an entry of the input twice."""
+    if isinstance(layer.padding, str):
+        return  # No more than the kernel needs.
+    for (low, high), size, step in zip(
+        layer.padding, layer.kernel_size, layer.dilation, strict=True
+    ):
+        if low + high > (size - 1) * step:
+            raise ValueError(
+                "`layer` must not be padded circularly by more than its kernel needs, "
+                "(kernel_size − 1) · dilation in total, since entries would count more "
+                f"than once; got padding {layer.padding} for kernel_size "
+                f"{layer.kernel_size} and dilation {layer.dilation}."
+            )

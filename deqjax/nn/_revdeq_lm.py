@@ -14,7 +14,7 @@ from ..solvers import Reversible
 from ._attention import Attention, Heads, Past
 from ._checks import batched_solver, check_heads, check_sizes, check_tokens
 from ._deq import DEQ, unless_lost
-from ._generation import Cache, static_depth, static_solve
+from ._generation import Cache, check_room, static_depth, static_solve
 from ._tokens import Features, Tokens, embed_at, over_tokens, project
 
 
@@ -266,6 +266,7 @@ class RevDEQLM(eqx.Module):
         heads = self.deq.cell.attention.num_heads
         dim = self.tokens.weight.shape[1]
         length = self.max_length if max_length is None else max_length
+        check_room(length, self.max_length)
         return Cache.empty(
             depth, batch, length, heads, dim // heads, self.tokens.weight.dtype
         )

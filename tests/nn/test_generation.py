@@ -132,6 +132,10 @@ def test_what_does_not_fit_is_refused_by_name():
     model = MODELS["explicit"]()
     with pytest.raises(ValueError, match="need 12 positions.*10"):
         generate(model, TOKENS, 3, temperature=0)
+    with pytest.raises(ValueError, match="`max_length` may be 10.*11"):
+        model.empty_cache(3, 11)
+    with pytest.raises(ValueError, match="`max_length` may be 10.*11"):
+        MODELS["4 Picard steps"]().empty_cache(3, 11)
     with pytest.raises(ValueError, match="`key` is needed"):
         generate(model, TOKENS, 1)
     with pytest.raises(ValueError, match="batch 3.*batch 2"):

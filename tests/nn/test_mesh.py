@@ -9,9 +9,9 @@ from jax.sharding import AxisType
 import deqjax
 from deqjax.nn import (
     DEQ,
+    DEQTransformerBlock,
     ForwardBackward,
     LearnedStart,
-    DEQTransformerBlock,
     MDEQCell,
     MonotoneConv,
     MonotoneDense,
