@@ -9,6 +9,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from .. import _tree
 from .._fixed_point import fixed_point
 from .._fold import fold
 from .._tree import wide
@@ -261,6 +262,7 @@ def _integrate(
     def field(t: Any, z: PyTree, kept: PyTree) -> PyTree:
         return jtu.tree_map(lambda f, z: f.astype(dtype) - z, rest(narrow(z), kept), z)
 
+    start = jtu.tree_map(lambda a: a.astype(dtype), z0)
     times = (jnp.asarray(t, dtype) for t in (0.0, end_time))
     solver = diffrax.Tsit5() if solver is None else solver
     controller = diffrax.PIDController(*tolerance)
@@ -274,7 +276,7 @@ def _integrate(
         solver,
         *times,
         None if dt0 is None else jnp.asarray(dt0, dtype),
-        jtu.tree_map(lambda a: a.astype(dtype), z0),
+        start,
         kept,
         stepsize_controller=controller,
         adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
@@ -282,7 +284,10 @@ def _integrate(
         max_steps=max_steps,
         throw=False,
     )
-    return eqx.tree_at(lambda s: s.ys, sol, narrow(sol.ys))
+    # Where the field is not finite no step is taken, and z₀ would be the answer.
+    found = _tree.all_finite(field(None, start, kept))
+    ys = jtu.tree_map(lambda a: jnp.where(found, a, jnp.nan), narrow(sol.ys))
+    return eqx.tree_at(lambda s: s.ys, sol, ys)
 
 
 def _check_steps(solver: Any, dt0: Any) -> None:

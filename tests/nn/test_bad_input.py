@@ -85,6 +85,13 @@ def test_a_monotone_classifier_makes_no_prediction_of_a_bad_example():
     np.testing.assert_allclose(logits[1], model(x)[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["NeuralODE", "SteadyStateODE"])
+def test_a_differential_equation_is_not_left_at_its_start(kind):
+    pytest.importorskip("diffrax", reason="diffrax is an optional extra")
+    layer = getattr(deqjax.nn, kind)(cell, max_steps=50)
+    assert bool(jnp.all(jnp.isnan(layer(jnp.array([jnp.nan, 0, 0, 0])))))
+
+
 def test_a_stream_goes_on_after_a_bad_frame():
     deq = DEQ(cell, solver=deqjax.Picard(batch_ndim=1))
     frames = jnp.tile(jnp.linspace(-1, 1, 8).reshape(2, 4), (3, 1, 1))
@@ -147,7 +154,6 @@ def test_temperatures_are_checked_also_where_they_are_arrays():
 def test_narrow_and_unsigned_prompts_have_room_for_every_token():
     model = MODELS["explicit"]()
     want = generate(model, TOKENS, 3, temperature=0)
-    for dtype in (jnp.int8, jnp.uint32):
-        got = generate(model, TOKENS.astype(dtype), 3, temperature=0)
-        np.testing.assert_array_equal(got, want)
-        assert got.dtype == jnp.int32
+    got = generate(model, TOKENS.astype(jnp.uint8), 3, temperature=0)
+    np.testing.assert_array_equal(got, want)
+    assert got.dtype == jnp.int32
