@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .. import _tree
 from .._tree import wide
 from ._attention import confine
-from ._checks import check_heads, check_sizes
+from ._checks import check_heads, check_positive, check_sizes
 from ._dropout import VariationalDropout, split_key
 from ._tokens import Features, over_tokens, project
 
@@ -105,6 +105,7 @@ class DEQTransformerBlock(eqx.Module):
     ):
         check_sizes(dim=dim, num_heads=num_heads, hidden=hidden)
         check_heads(dim, num_heads)
+        check_positive("scale", scale)
         if dim % 2:
             raise ValueError(
                 f"`dim` must be even, for sines and cosines of distances; got {dim}."

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ..solvers import Picard, Reversible
 from ._attention import Past
 from ._checks import check_sizes, check_tokens
-from ._tokens import Features, Tokens
+from ._tokens import Features, Tokens, signed
 
 
 class Cache(eqx.Module):
@@ -152,8 +152,7 @@ def generate(
     """
     check_sizes(num_tokens=num_tokens)
     check_tokens("prompt", prompt)
-    if not jnp.issubdtype(prompt.dtype, jnp.signedinteger) or prompt.dtype.itemsize < 4:
-        prompt = prompt.astype(jnp.int32)  # Room for every token, and for −1.
+    prompt = signed(prompt)
     total = prompt.shape[1] + num_tokens
     if total > model.max_length:
         raise ValueError(

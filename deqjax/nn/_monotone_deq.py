@@ -126,6 +126,12 @@ class MonotoneDEQ(eqx.Module):
         if z0 is None:
             start = zeros
         else:
+            shapes = lambda z: jax.tree.map(jnp.shape, z)
+            if shapes(z0) != shapes(zeros):
+                raise ValueError(
+                    f"`z0` must have the shape of the equilibrium, {shapes(zeros)}; "
+                    f"got {shapes(z0)}."
+                )
             start = self.splitting.start(operator, operator.inject(x), z0)
         tested = isinstance(self.solver, AbstractSolver) and not self.solver.static
         sol = fixed_point(
@@ -214,6 +220,11 @@ class MonotoneClassifier(eqx.Module):
         features = eqx.filter_eval_shape(
             lambda x: self._features(layer.operator.initial_state(x)), example
         )
+        if features.shape[1] == 0:
+            raise ValueError(
+                "`pool` must be at most the side of the equilibrium's coarsest tier: "
+                f"nothing is left to classify; got {pool} for inputs of shape {shape}."
+            )
         self.head = eqx.nn.Linear(features.shape[1], num_classes, key=key)
 
     def __call__(self, x: Array, *, z0: Any = None) -> Float[Array, "batch classes"]:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .. import _tree
-from ._checks import check_count
+from ._checks import check_count, check_list
 from ._deq import DEQ
 
 
@@ -28,7 +28,7 @@ class LearnedStart(eqx.Module):
             along them.
 
     Raises:
-        ValueError: if `batch_ndim` is negative.
+        ValueError: if `shape` or `batch_ndim` is not valid.
 
     Example:
         >>> import deqjax, jax.numpy as jnp
@@ -42,6 +42,7 @@ class LearnedStart(eqx.Module):
 
     def __init__(self, shape: tuple[int, ...], *, batch_ndim: int = 0):
         check_count("batch_ndim", batch_ndim, 0)
+        shape = check_list("shape", shape) if shape != () else ()
         self.value = jnp.zeros(shape)
         self.batch_ndim = batch_ndim
 
@@ -123,7 +124,7 @@ def solve_stream(
         The equilibria, and the statistics of the solves, both along a first axis.
 
     Raises:
-        ValueError: if the frames do not have the same length.
+        ValueError: if the frames do not have the same length, or there are none.
 
     Example:
         >>> import deqjax, jax.numpy as jnp
@@ -139,6 +140,8 @@ def solve_stream(
             "`frames` must have one length along the first axis of every leaf; got "
             f"{sorted(lengths)}."
         )
+    if (0,) in lengths:
+        raise ValueError("`frames` must hold at least one frame; got none.")
     if z0 is None:
         first = jtu.tree_map(lambda leaf: leaf[0], frames)
         z0 = deq.initial_state(first, key=key)
