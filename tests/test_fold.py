@@ -91,6 +91,21 @@ def test_of_a_checkpoint_the_part_that_varies_alone_is_repeated(args, wrap):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got, want)
 
 
+@pytest.mark.parametrize("kind", ["weight norm", "contractive"])
+def test_kernels_of_convolutions_are_normalised_once(kind):
+    conv = eqx.nn.Conv2d(2, 2, 3, padding=1, key=jr.key(0))
+    norm = eqx.nn.WeightNorm if kind == "weight norm" else deqjax.nn.Contractive
+    z, x = jr.normal(jr.key(1), (2, 2, 4, 4))
+    # As large as that its norm is reduced.
+    layer = norm(eqx.tree_at(lambda c: c.weight, conv, 5 * conv.weight))
+    fn = lambda z, args: jnp.tanh(args[0](z) + args[1])
+    rest, kept, _ = fold(fn, jnp.zeros_like(z), (layer, x))
+    names = primitives(rest, z, kept)
+    assert names.count("conv_general_dilated") == 1
+    assert not {"sqrt", "reduce_sum", "dot_general", "exp", "log"} & set(names), names
+    np.testing.assert_allclose(rest(z, kept), fn(z, (layer, x)), rtol=1e-5)
+
+
 def test_masks_made_of_constants_are_made_again_not_kept():
     def causal(z, args):
         mask = jnp.tril(jnp.ones((64, 64), bool))

@@ -143,6 +143,12 @@ def test_words_one_by_one_with_memory_are_the_whole_text():
     assert int(memory.length) == 8
 
 
+def test_float64_models_take_integers_of_64_bits(x64):
+    tokens = jnp.array([[1, 2, 3]])
+    value = jax.eval_shape(lambda: lm(memory_length=2).solve(tokens)[0].value)
+    assert (value.shape, value.dtype) == ((1, 3, 16), jnp.float64)
+
+
 def test_memory_is_the_last_states_and_is_used():
     model = lm(memory_length=3)
     tokens = jr.randint(jr.key(1), (2, 5), 0, VOCAB)

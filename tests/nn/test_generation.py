@@ -1,6 +1,7 @@
 """Token by token is the parallel forward pass."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -33,11 +34,16 @@ MODELS = {
     "4 reversible steps": lambda: rev(deqjax.Reversible(**STATIC)),
     "4 Picard steps": lambda: rev(deqjax.Picard(**STATIC, beta=0.7)),
     "converged": lambda: rev(deqjax.Picard(**TIGHT), 100, residual="input"),
+    "converged, Anderson": lambda: rev(deqjax.Anderson(**TIGHT), 100, residual="input"),
+    "converged, Broyden": lambda: rev(deqjax.Broyden(**TIGHT), 100, residual="input"),
     "converged, reversible": lambda: rev(
         deqjax.Reversible(**TIGHT), 100, residual="input"
     ),
 }
-SLOW, OTHER = pytest.mark.slow, ("4 Picard steps", "converged, reversible")
+SLOW, OTHER = (
+    pytest.mark.slow,
+    ("4 Picard steps", "converged, reversible", "converged, Broyden"),
+)
 DEPTH = {"explicit": 3, "4 reversible steps": 8, "4 Picard steps": 4}
 
 
@@ -117,6 +123,14 @@ def test_a_choice_of_betas():
     np.testing.assert_array_equal(text, jnp.argmax(want[:, -1], -1))
     with pytest.raises(ValueError, match="chooses from a tuple"):
         chosen.extend(TOKENS, chosen.empty_cache(3))
+
+
+def test_integers_of_64_bits(x64):
+    tokens = TOKENS[:, :3].astype(jnp.int64)
+    for name in ("explicit", "4 reversible steps", "converged"):
+        make = MODELS[name]
+        text = jax.eval_shape(lambda m=make: generate(m(), tokens, 2, temperature=0))
+        assert (text.shape, text.dtype) == ((3, 2), jnp.int64)
 
 
 def test_tokens_without_room_are_nan():

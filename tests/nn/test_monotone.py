@@ -239,6 +239,23 @@ def test_the_slack_bounds_the_equation_by_the_step():
                 assert bool(jnp.all(jnp.linalg.norm(missed, axis=1) <= 1.001 * bound))
 
 
+@pytest.mark.parametrize("splitting", SPLITTINGS)
+def test_twenty_starts_agree_to_the_default_tolerances(splitting):
+    operator, x = operator_and_input("dense")
+    layer = MonotoneDEQ(operator, splitting=SPLITTINGS[splitting], max_steps=2000)
+    x = jnp.broadcast_to(x[:1], (20, 3))
+    sol = layer.solve(x, z0=5 * jr.normal(jr.key(0), (20, 5)))
+    assert sol.result == OK
+    # Strong monotonicity bounds the distance: ‖z − z*‖ ≤ (1 + L) / m ‖residual‖.
+    gap = dense(lambda v: v - operator.multiply(v), one(sol.value))
+    reach = (1 + np.linalg.norm(gap, 2)) / operator.m
+    spread = jnp.linalg.norm(sol.value - sol.value[:1], axis=1)
+    bound = reach * (sol.stats["residual"] + sol.stats["residual"][0])
+    assert bool(jnp.all(spread <= bound + 1e-6))
+    size = jnp.linalg.norm(sol.value[0])
+    assert float(jnp.max(spread)) <= 2 * reach * (1e-6 + 1e-4 * size)
+
+
 def test_inverses_and_bounds_are_made_once_per_solve():
     operator, x = operator_and_input("two tiers")
     u = operator.initial_state(x)
@@ -355,6 +372,11 @@ def test_arguments_are_refused_by_name(make, words):
 
 def test_inputs_that_do_not_fit_are_refused():
     layer = MonotoneDEQ(operator_and_input("dense")[0])
+    with pytest.raises(ValueError, match=r"`z0`.*\(2, 5\); got \(2, 4\)"):
+        layer(jnp.zeros((2, 3)), z0=jnp.zeros((2, 4)))
+    conv = MonotoneDEQ(MonotoneConv(1, (2,), key=jr.key(0)))
+    with pytest.raises(ValueError, match=r"`pool`.*got 7 for"):
+        MonotoneClassifier(conv, (1, 4, 4), 2, pool=7, key=jr.key(0))
     with pytest.raises(ValueError, match=r"`x`.*\(batch, 3\); got \(2, 4\)"):
         layer(jnp.zeros((2, 4)))
     with pytest.raises(TypeError, match="`x`.*float32; got bfloat16"):
