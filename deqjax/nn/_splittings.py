@@ -111,7 +111,8 @@ class PeacemanRachford(AbstractSplitting):
     $$ u \mapsto 2 V (v + \alpha (U x + b)) - v, \qquad v = 2\,\mathrm{relu}(u) - u,
        \qquad V = (I + \alpha (I - W))^{-1}, \qquad z = \mathrm{relu}(u) $$
 
-    **Cost:** one application of V per evaluation; V is made once per solve.
+    **Cost:** one application of V per evaluation; V, and a bound of ‖I − W‖₂ for the
+    test, are made once per solve.
     **Converges**, iterated by `deqjax.Picard`, for every α > 0, since m > 0; fastest
     near α = 1 / ‖I − W‖₂. With `Picard(beta=0.5)` it is Douglas–Rachford splitting.
 

@@ -1,5 +1,6 @@
 """Layers whose batch is sharded on explicit axes."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -43,7 +44,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "learned start"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("forward-backward", "convolutional")
+    ],
+)
 def test_a_batch_on_explicit_axes_is_solved_where_it_is(name):
     make, shape = CASES[name]
     layer, x = make(), jr.normal(KEY, (2, *shape))
@@ -59,8 +67,8 @@ def test_a_batch_on_explicit_axes_is_solved_where_it_is(name):
 
 def test_starts_of_cells_are_sharded_as_their_inputs():
     mesh, rows, _ = spread(AxisType.Explicit)
-    scales = MDEQCell((2, 2), groups=1, key=KEY)
-    words = DEQTransformerBlock(4, 2, 4, key=KEY)
+    scales = eqx.filter_eval_shape(MDEQCell, (2, 2), groups=1, key=KEY)
+    words = eqx.filter_eval_shape(DEQTransformerBlock, 4, 2, 4, key=KEY)
     with jax.set_mesh(mesh):
         image = jax.device_put(jnp.ones((2, 2, 4, 4)), rows)
         u = jax.device_put(jnp.ones((2, 3, 12)), rows)
