@@ -42,7 +42,12 @@ MODELS = {
 }
 SLOW, OTHER = (
     pytest.mark.slow,
-    ("4 Picard steps", "converged, reversible", "converged, Broyden"),
+    (
+        "4 Picard steps",
+        "converged, reversible",
+        "converged, Anderson",
+        "converged, Broyden",
+    ),
 )
 DEPTH = {"explicit": 3, "4 reversible steps": 8, "4 Picard steps": 4}
 

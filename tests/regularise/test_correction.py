@@ -90,7 +90,13 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m == "anderson" else m
+        for m in SOLVERS
+    ],
+)
 def test_points_are_the_iterates_of_the_solve_and_leave_it_as_it_is(name):
     solver, untested = SOLVERS[name]
     cell = lambda z, x, key=None: jnp.tanh(-1.5 * z + x)
