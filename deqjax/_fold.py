@@ -21,6 +21,9 @@ from ._upstream import bind
 # Only move or repeat entries: cheaper to do again than to keep.
 _CHEAP = {"broadcast_in_dim", "expand_dims", "iota", "reshape", "squeeze", "transpose"}
 
+# What `jax.checkpoint` is called in a jaxpr, by version.
+_REMAT = {"checkpoint", "remat", "remat2"}
+
 
 def fold(
     fn: Callable[[PyTree, PyTree], PyTree], z: PyTree, args: PyTree
@@ -40,13 +43,32 @@ def fold(
     """
     traced, struct, static = eqx.filter_make_jaxpr(fn)(z, args)
     inputs = [x for x in jtu.tree_leaves((z, args)) if eqx.is_array(x)]
-    closed = jax.make_jaxpr(lambda *xs: _run(traced.jaxpr, traced.consts, xs))(*inputs)
-    jaxpr = closed.jaxpr
     size = len(jtu.tree_leaves(z))
-    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(jaxpr.invars[size:], inputs[size:], strict=True))
+    varies = [i < size for i in range(len(inputs))]
+    parts, kept = _divide(_flat(traced.jaxpr, traced.consts, inputs, varies), varies)
 
-    once, always = _split(jaxpr.eqns, jaxpr.invars[:size], set(values))
+    def rest(z: PyTree, kept: list[Array]) -> PyTree:
+        leaves = parts(jtu.tree_leaves(z), kept)
+        out = jtu.tree_unflatten(jtu.tree_structure(struct), leaves)
+        return eqx.combine(out, static)
+
+    # Constants that Python numbers were traced to are not arrays.
+    kept = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in kept]
+    return rest, kept, struct
+
+
+def _divide(
+    flat: tuple[Any, Sequence[Any]], varies: Sequence[bool]
+) -> tuple[Callable[[Sequence[Any], Sequence[Any]], list[Any]], list[Any]]:
+    """Run what does not depend on the inputs that vary: the rest, and what it needs."""
+    closed, inputs = flat
+    jaxpr = closed.jaxpr
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    named = list(zip(jaxpr.invars, inputs, varies, strict=True))
+    values.update((v, x) for v, x, moves in named if not moves)
+    moving = [v for v, _, moves in named if moves]
+
+    once, always = _split(jaxpr.eqns, moving, set(values))
     for eqn in once:
         _step(eqn, values)
     always = _live(always, jaxpr.outvars)
@@ -56,19 +78,14 @@ def fold(
     used -= {v for eqn in always for v in eqn.outvars}
     kept_vars = [v for v in values if v in used]
 
-    def rest(z: PyTree, kept: list[Array]) -> PyTree:
+    def rest(moved: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
         env = dict(zip(kept_vars, kept, strict=True))
-        env.update(zip(jaxpr.invars[:size], jtu.tree_leaves(z), strict=True))
+        env.update(zip(moving, moved, strict=True))
         for eqn in always:
             _step(eqn, env)
-        leaves = [_read(v, env) for v in jaxpr.outvars]
-        out = jtu.tree_unflatten(jtu.tree_structure(struct), leaves)
-        return eqx.combine(out, static)
+        return [_read(v, env) for v in jaxpr.outvars]
 
-    kept = [values[v] for v in kept_vars]
-    # Constants that Python numbers were traced to are not arrays.
-    kept = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in kept]
-    return rest, kept, struct
+    return rest, [values[v] for v in kept_vars]
 
 
 def _split(
@@ -150,19 +167,49 @@ def _read(v: Any, env: dict[Any, Any]) -> Any:
 
 
 def _step(eqn: Any, env: dict[Any, Any]) -> None:
-    """Evaluate one equation; calls of jitted functions are entered."""
     inputs = [_read(v, env) for v in eqn.invars]
-    if eqn.primitive.name in ("jit", "pjit"):
-        inner = eqn.params["jaxpr"]
-        outputs = _run(inner.jaxpr, inner.consts, inputs)
-    else:
-        outputs = bind(eqn, inputs)
-    env.update(zip(eqn.outvars, outputs, strict=True))
+    env.update(zip(eqn.outvars, bind(eqn, inputs), strict=True))
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+def _flat(
+    jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], varies: Sequence[bool]
+) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr without calls, and its inputs."""
+    run = lambda *xs: _enter(jaxpr, consts, xs, varies)[0]
+    return jax.make_jaxpr(run)(*inputs), inputs
+
+
+def _enter(
+    jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], varies: Sequence[bool]
+) -> tuple[list[Any], list[bool]]:
+    """Evaluate a jaxpr: the outputs, and which of them depend on inputs that vary.
+
+    Calls of jitted functions are entered. Of a checkpoint, what does not vary is taken
+    out, so that the rest is all that it evaluates again.
+    """
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
+    varying = {v for v, moves in zip(jaxpr.invars, varies, strict=True) if moves}
     for eqn in jaxpr.eqns:
-        _step(eqn, env)
-    return [_read(v, env) for v in jaxpr.outvars]
+        values = [_read(v, env) for v in eqn.invars]
+        moves = [_is_var(v) and v in varying for v in eqn.invars]
+        name = eqn.primitive.name
+        if name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
+            outputs, moved = _enter(inner.jaxpr, inner.consts, values, moves)
+        else:
+            moved = [any(moves) or _is_impure(eqn)] * len(eqn.outvars)
+            splits = name in _REMAT and any(moves) and not _is_impure(eqn)
+            outputs = _checkpoint(eqn, values, moves) if splits else bind(eqn, values)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+        varying |= {v for v, m in zip(eqn.outvars, moved, strict=True) if m}
+    flags = [_is_var(v) and v in varying for v in jaxpr.outvars]
+    return [_read(v, env) for v in jaxpr.outvars], flags
+
+
+def _checkpoint(eqn: Any, inputs: list[Any], varies: list[bool]) -> list[Any]:
+    """Evaluate a checkpoint, and outside of it what does not depend on the iterate."""
+    rest, kept = _divide(_flat(eqn.params["jaxpr"], (), inputs, varies), varies)
+    moving = [x for x, moves in zip(inputs, varies, strict=True) if moves]
+    settings = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    return jax.checkpoint(rest, **settings)(moving, kept)

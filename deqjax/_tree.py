@@ -171,6 +171,15 @@ def zeros_like(x: PyTree) -> PyTree:
     return jtu.tree_map(leaf, x)
 
 
+def zeros_for(x: Array, shape: tuple[int, ...], batch_ndim: int = 1) -> Array:
+    """Zeros of `shape` for every problem of x, in its dtype, sharded like its batch."""
+    # Made of x, not of its shape: on a mesh with explicit axes that gives the sharding.
+    zero = _reduce(jnp.zeros_like(x), batch_ndim)
+    for _ in shape:
+        zero = jnp.expand_dims(zero, -1)
+    return jnp.broadcast_to(zero, (*zero.shape[:batch_ndim], *shape))
+
+
 def draw(sample: Callable, key: PRNGKeyArray, like: PyTree) -> PyTree:
     """Random numbers `sample(key, shape, dtype)` in the structure of `like`."""
     leaves, structure = jtu.tree_flatten(like)

@@ -8,6 +8,7 @@ tuples, so that nothing else in deqjax depends on their order.
 from typing import Any, NamedTuple
 
 from equinox.internal import (
+    Static as Static,
     nondifferentiable as nondifferentiable,
     nondifferentiable_backward as nondifferentiable_backward,
     unvmap_any as unvmap_any,

@@ -1,5 +1,6 @@
 """What does not depend on the iterate is computed once per solve."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -57,6 +58,52 @@ def test_calls_of_jitted_functions_are_entered(args):
     z = jnp.zeros((4, 6))
     rest, kept, _ = fold(jax.jit(cell), z, args)
     assert primitives(rest, z, kept).count("dot_general") == 1
+
+
+def inside(eqns):
+    """The names of all primitives, and of those in their jaxprs."""
+    for eqn in eqns:
+        yield eqn.primitive.name
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            yield from inside(getattr(inner, "eqns", ()))
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, eqx.filter_checkpoint, "nested"])
+def test_of_a_checkpoint_the_part_that_varies_alone_is_repeated(args, wrap):
+    if wrap == "nested":
+        wrap = lambda fn: jax.checkpoint(jax.jit(jax.checkpoint(fn)))
+    z = jr.normal(jr.key(1), (4, 6))
+    rest, kept, _ = fold(wrap(cell), jnp.zeros_like(z), args)
+    names = list(inside(jax.make_jaxpr(rest)(z, kept).eqns))
+    assert names.count("dot_general") == 1, names
+    assert not {"sqrt", "reduce_sum", "threefry2x32", "random_bits"} & set(names), names
+    assert any("remat" in name or "checkpoint" in name for name in names)
+    np.testing.assert_allclose(rest(z, kept), cell(z, args), rtol=1e-6)
+
+    moving = (z, args[:3])
+    whole = lambda z, p: jnp.sum(cell(z, (*p, args[3])) ** 2)
+    parts = lambda z, p: jnp.sum(
+        (lambda rest, kept, _: rest(z, kept))(*fold(wrap(cell), z, (*p, args[3]))) ** 2
+    )
+    got, want = (jax.jit(jax.grad(f, (0, 1)))(*moving) for f in (parts, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "contractive"])
+def test_kernels_of_convolutions_are_normalised_once(kind):
+    conv = eqx.nn.Conv2d(2, 2, 3, padding=1, key=jr.key(0))
+    norm = eqx.nn.WeightNorm if kind == "weight norm" else deqjax.nn.Contractive
+    z, x = jr.normal(jr.key(1), (2, 2, 4, 4))
+    # As large as that its norm is reduced.
+    layer = norm(eqx.tree_at(lambda c: c.weight, conv, 5 * conv.weight))
+    fn = lambda z, args: jnp.tanh(args[0](z) + args[1])
+    rest, kept, _ = fold(fn, jnp.zeros_like(z), (layer, x))
+    names = primitives(rest, z, kept)
+    assert names.count("conv_general_dilated") == 1
+    assert not {"sqrt", "reduce_sum", "dot_general", "exp", "log"} & set(names), names
+    np.testing.assert_allclose(rest(z, kept), fn(z, (layer, x)), rtol=1e-5)
 
 
 def test_masks_made_of_constants_are_made_again_not_kept():

@@ -136,7 +136,7 @@ class HalfStepLoop(SolverLoop):
     ) -> tuple:
         assert max_steps is not None
         solver: Reversible = self.inputs.solver
-        init = Carry(*init_val)
+        init = self.start(init_val)
         f, aux = self._first(init.y)
         self.unit = self.calculus.unit(init.y, f, solver.batch_ndim)
         start = self._start(init, f, aux, max_steps)

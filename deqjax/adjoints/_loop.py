@@ -8,16 +8,19 @@ when every problem is done, whatever happens to a single one of them.
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from .. import _tree
 from .._upstream import (
     UNROLL as UNROLL,
     Carry,
     Extras,
     Inputs,
+    Static,
     nondifferentiable_backward,
     unvmap_any,
     while_loop,
@@ -81,6 +84,17 @@ class SolverLoop:
             final = (carry._replace(terminate=done, result=result), final[1])
         carry, self.history = final
         return tuple(carry)
+
+    def start(self, init_val: tuple) -> Carry:
+        """The carry, its aux sharded as what the map returns; optimistix's is not."""
+
+        def leaf(zero: Any, static: Static) -> Any:
+            struct = static.value
+            is_array = isinstance(struct, jax.ShapeDtypeStruct)
+            return _tree.zeros_like(struct) if is_array else zero
+
+        init = Carry(*init_val)
+        return init._replace(aux=jtu.tree_map(leaf, init.aux, self.inputs.aux_struct))
 
     # Conditions
 
@@ -154,7 +168,7 @@ class SolverLoop:
         self, init_val: tuple, body_fun: Callable, max_steps: int | None
     ) -> tuple[tuple, Callable]:
         """The carry beside a history of residuals (None if not asked for)."""
-        init = Carry(*init_val)
+        init = self.start(init_val)
         solver = self.inputs.solver
         if not self.inputs.options.get("record", False):
             return (init, None), lambda val: (Carry(*body_fun(tuple(val[0]))), None)

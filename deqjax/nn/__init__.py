@@ -31,7 +31,10 @@ from ._monotone_deq import (
 )
 from ._normalise import Contractive as Contractive, spectral_bound as spectral_bound
 from ._ode import NeuralODE as NeuralODE, SteadyStateODE as SteadyStateODE
-from ._parameters import count_parameters as count_parameters
+from ._parameters import (
+    count_parameters as count_parameters,
+    trainable as trainable,
+)
 from ._revdeq_images import ConvCell as ConvCell, RevDEQClassifier as RevDEQClassifier
 from ._revdeq_lm import RevDEQBlock as RevDEQBlock, RevDEQLM as RevDEQLM
 from ._schedules import (

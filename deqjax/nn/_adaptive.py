@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
-from ._checks import check_sizes
-from ._tokens import embed
+from ._checks import check_list, check_positive, check_sizes
+from ._tokens import embed, signed
 
 
 class AdaptiveEmbedding(eqx.Module):
@@ -63,6 +63,8 @@ class AdaptiveEmbedding(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_sizes(vocab_size=vocab_size, dim=dim, div_val=div_val)
+        check_positive("scale", scale)
+        cutoffs = check_list("cutoffs", cutoffs, 1) if cutoffs else ()
         self.bounds = (0, *cutoffs, vocab_size)
         pairs = list(itertools.pairwise(self.bounds))
         if any(a >= b for a, b in pairs):
@@ -92,6 +94,7 @@ class AdaptiveEmbedding(eqx.Module):
         Args:
             tokens: of any shape.
         """
+        tokens = signed(tokens)
         known = (tokens >= 0) & (tokens < self.bounds[-1])
         out = jnp.where(known, 0.0, jnp.nan)[..., None].astype(self.tables[0].dtype)
         for low, table, projection in zip(
@@ -147,6 +150,7 @@ class AdaptiveSoftmax(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_sizes(block=block)
+        check_positive("scale", scale)
         key1, key2 = jr.split(key)
         tables, dim = embedding.tables, embedding.projections[0].shape[0]
         self.clusters = scale * jr.normal(key1, (len(tables) - 1, dim))
@@ -158,7 +162,7 @@ class AdaptiveSoftmax(eqx.Module):
     def nll(
         self,
         hidden: Float[Array, "batch length dim"],
-        targets: Int[Array, "batch length"],
+        targets: Int[Array, "..."],
         embedding: AdaptiveEmbedding,
     ) -> Float[Array, "batch length"]:
         """−log p of each target, in at least float32; NaN for those out of range.
@@ -167,9 +171,17 @@ class AdaptiveSoftmax(eqx.Module):
             hidden: what the softmax is of.
             targets: a token for each vector.
             embedding: the one that this module was made for, or its successor.
+
+        Raises:
+            ValueError: if there is not one target for each vector.
         """
+        if targets.shape != hidden.shape[:-1]:
+            raise ValueError(
+                "`targets` must be one for each state, of shape "
+                f"{hidden.shape[:-1]}; got {targets.shape}."
+            )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        wanted = targets.reshape(-1)
+        wanted = signed(targets).reshape(-1)
         bounds = jnp.asarray(embedding.bounds, wanted.dtype)
         cluster = jnp.sum(wanted[:, None] >= bounds[1:-1], axis=-1)
         first = len(embedding.tables[0])

@@ -53,8 +53,8 @@ class Attention(eqx.Module):
         """What the queries gather, and the keys and values of these tokens."""
         split = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
         q = split(project(self.query, query))
-        k = split(project(self.key, key))
-        v = split(project(self.value, value))
+        k, v = split(project(self.key, key)), split(project(self.value, value))
+        k, v = confine(k, v)
         gathered = attend(q, k, v, past).reshape(query.shape)
         return project(self.output, gathered), (k, v)
 
@@ -71,10 +71,20 @@ def attend(q: Heads, k: Heads, v: Heads, past: Past | None) -> Heads:
     scores = jnp.where(causal, _scores(q, k), -jnp.inf)
     if past is None:
         return _gather(jax.nn.softmax(scores), v)
-    there = jnp.arange(past.keys.shape[1]) < past.length
+    there = jnp.arange(past.keys.shape[1], dtype=past.length.dtype) < past.length
     earlier = jnp.where(there, _scores(q, past.keys), -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([earlier, scores], axis=-1))
     return _gather(weights[..., :-n], past.values) + _gather(weights[..., -n:], v)
+
+
+def confine(k: Heads, v: Heads) -> tuple[Heads, Heads]:
+    """Keys and values of which those that are not finite reach who attends to them.
+
+    A value counts with weight 0, too, and 0 · NaN is NaN: a bad token would spoil those
+    before it. So the value is 0 instead, and the key NaN.
+    """
+    lost = ~jnp.all(jnp.isfinite(v), axis=-1, keepdims=True)
+    return jnp.where(lost, jnp.nan, k), jnp.where(lost, 0, v)
 
 
 def _scores(

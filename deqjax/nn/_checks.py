@@ -66,6 +66,10 @@ def check_groups(channels: Iterable[int], groups: Any) -> None:
 
 def check_tokens(name: str, tokens: Any, max_length: int | None = None) -> None:
     """Raise unless `tokens` is a batch of token sequences that a model can take."""
+    if not eqx.is_array_like(tokens):
+        raise TypeError(
+            f"`{name}` must be an array of integers; got {type(tokens).__name__}."
+        )
     shape, dtype = jnp.shape(tokens), jnp.result_type(tokens)
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(

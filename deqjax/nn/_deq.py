@@ -3,14 +3,17 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint
 from ..regularise import correction_points
-from ..solvers import Reversible
+from ..solvers import Picard, Reversible
 from ._checks import check_count
 from ._stateful import refuse_stateful
 
@@ -101,6 +104,9 @@ class DEQ(eqx.Module):
     ) -> optx.Solution:
         """As `__call__`, with all that `deqjax.fixed_point` returns.
 
+        The `value` is NaN for problems that have no finite evaluation, those of an
+        input that is not finite above all.
+
         Args:
             x: see `__call__`.
             z0: see there.
@@ -111,7 +117,7 @@ class DEQ(eqx.Module):
             options: see `deqjax.fixed_point`.
         """
         refuse_stateful(self.cell)
-        return fixed_point(
+        sol = fixed_point(
             apply_cell,
             self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
@@ -122,6 +128,7 @@ class DEQ(eqx.Module):
             throw=throw,
             options=options,
         )
+        return unless_lost(sol, self.solver)
 
     def iterates(
         self,
@@ -146,7 +153,7 @@ class DEQ(eqx.Module):
             options: see `deqjax.regularise.correction_points`.
         """
         refuse_stateful(self.cell)
-        return correction_points(
+        points, sol = correction_points(
             apply_cell,
             self.initial_state(x, key=key) if z0 is None else z0,
             (self.cell, x, key),
@@ -156,6 +163,7 @@ class DEQ(eqx.Module):
             max_steps=self.max_steps if max_steps is None else max_steps,
             options=options,
         )
+        return points, unless_lost(sol, self.solver)
 
     def initial_state(self, x: PyTree, *, key: Array | None = None) -> PyTree:
         """Where solves start that are given no `z0`.
@@ -221,3 +229,18 @@ def apply_cell(z: PyTree, args: tuple) -> PyTree:
     """The map of a cell, for `fixed_point`; `args`: cell, x, and a key or None."""
     cell, x, key = args
     return cell(z, x) if key is None else cell(z, x, key=key)
+
+
+def unless_lost(sol: optx.Solution, solver: Any) -> optx.Solution:
+    """The solution, its value NaN for problems without a single finite evaluation.
+
+    The best iterate of such a problem is its start: finite, plausible, and the same
+    whatever the input. A network must not make a prediction of it.
+    """
+    if isinstance(solver, Picard | Reversible) and solver.static:
+        return sol  # The last iterate: it is NaN already.
+    found = jnp.isfinite(lax.stop_gradient(sol.stats["residual"]))
+    value = jtu.tree_map(
+        lambda a: jnp.where(_tree.expand(found, a), a, jnp.nan), sol.value
+    )
+    return eqx.tree_at(lambda s: s.value, sol, value)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .. import _tree
 from .._tree import wide
-from ._checks import check_heads, check_sizes
+from ._attention import confine
+from ._checks import check_heads, check_positive, check_sizes
 from ._dropout import VariationalDropout, split_key
 from ._tokens import Features, over_tokens, project
 
@@ -103,6 +105,7 @@ class DEQTransformerBlock(eqx.Module):
     ):
         check_sizes(dim=dim, num_heads=num_heads, hidden=hidden)
         check_heads(dim, num_heads)
+        check_positive("scale", scale)
         if dim % 2:
             raise ValueError(
                 f"`dim` must be even, for sines and cosines of distances; got {dim}."
@@ -128,10 +131,8 @@ class DEQTransformerBlock(eqx.Module):
 
     def initial_state(self, x: Context) -> Features:
         """Zeros."""
-        batch, keys, _ = x.injection.shape
-        length = keys - x.memory.shape[1]
-        shape = (batch, length, x.memory.shape[2])
-        return jnp.zeros(shape, x.memory.dtype)
+        length = x.injection.shape[1] - x.memory.shape[1]
+        return _tree.zeros_for(x.injection, (length, x.memory.shape[2]))
 
     def __call__(
         self, z: Features, x: Context, *, key: PRNGKeyArray | None = None
@@ -168,6 +169,7 @@ class DEQTransformerBlock(eqx.Module):
         _, old_k, old_v = (self._split(part) for part in jnp.split(old, 3, axis=-1))
         k = jnp.concatenate([old_k, k], axis=1)
         v = jnp.concatenate([old_v, v], axis=1)
+        k, v = confine(k, v)
         s = project(self.distance, x.distances)
         s = s.reshape(len(s), *self.content_bias.shape)
 
@@ -183,7 +185,7 @@ class DEQTransformerBlock(eqx.Module):
         scores = content + by_distance(apart)
         i = jnp.arange(z.shape[1])[:, None] + size
         j = jnp.arange(size + z.shape[1])
-        seen = (j <= i) & (j >= size - x.remembered)
+        seen = (j <= i) & (j >= size - x.remembered.astype(j.dtype))
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
         weights = self.drop_weights(weights.astype(v.dtype), key=key)
         return jnp.einsum("bhij,bjhd->bihd", weights, v).reshape(z.shape)

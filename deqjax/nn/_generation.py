@@ -1,5 +1,7 @@
 """Text token by token, from models that keep keys and values."""
 
+import functools as ft
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ..solvers import Picard, Reversible
 from ._attention import Past
 from ._checks import check_sizes, check_tokens
-from ._tokens import Features, Tokens
+from ._tokens import Features, Tokens, signed
 
 
 class Cache(eqx.Module):
@@ -94,6 +96,16 @@ class Cache(eqx.Module):
         return jnp.where(fits, hidden, jnp.nan)
 
 
+def check_room(length: Any, positions: int) -> None:
+    """Raise unless a model has positions for all tokens of a cache."""
+    check_sizes(max_length=length)
+    if length > positions:
+        raise ValueError(
+            f"`max_length` may be {positions}, for which the model has positions; got "
+            f"{length}."
+        )
+
+
 @eqx.filter_jit
 def generate(
     model: Any,
@@ -102,6 +114,7 @@ def generate(
     *,
     temperature: float | int | Array = 1.0,
     key: PRNGKeyArray | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Int[Array, "batch num_tokens"]:
     """Continue sequences token by token.
 
@@ -116,11 +129,15 @@ def generate(
         model: a `RevDEQLM` or `TransformerLM`.
         prompt: integers of shape (batch, length), at least one token each.
         num_tokens: how many to add.
-        temperature: what logits are divided by; a Python 0 takes the likeliest token.
-        key: for sampling; not needed with `temperature=0`.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        key: for sampling; not needed with a Python 0 as the temperature.
+        options: of every solve, see the model's `extend`: `{"beta": i}` for a solver
+            with a choice of them.
 
     Returns:
-        The new tokens.
+        The new tokens; −1 where there is nothing to choose from: in sequences with a
+        token that is not in the vocabulary, or for an array `temperature` that is
+        negative or not finite.
 
     Raises:
         ValueError: if a shape does not fit, a key is missing, or the sequences would
@@ -135,13 +152,19 @@ def generate(
     """
     check_sizes(num_tokens=num_tokens)
     check_tokens("prompt", prompt)
+    prompt = signed(prompt)
     total = prompt.shape[1] + num_tokens
     if total > model.max_length:
         raise ValueError(
             f"`prompt` and `num_tokens` need {total} positions; the model has "
             f"`max_length` = {model.max_length}."
         )
-    greedy = isinstance(temperature, int | float) and temperature == 0
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (number or isinstance(temperature, Array)) or jnp.ndim(temperature):
+        raise TypeError(f"`temperature` must be a number; got {temperature!r}.")
+    if number and not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"`temperature` must be ≥ 0 and finite; got {temperature!r}.")
+    greedy = number and temperature == 0
     if key is None:
         if not greedy:
             raise ValueError(
@@ -150,21 +173,28 @@ def generate(
             )
         key = jr.key(0)  # Not used.
 
+    extend = model.extend
+    if options is not None:
+        extend = ft.partial(extend, options=options)
+
     def choose(hidden: Features, key: PRNGKeyArray) -> Int[Array, " batch"]:
         logits = model.logits(hidden[:, -1:])[:, 0]
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(prompt.dtype)
-        chosen = jr.categorical(key, logits / temperature)
-        return chosen.astype(prompt.dtype)
+        chosen, known = jnp.argmax(logits, axis=-1), ~jnp.isnan(logits).any(-1)
+        if not greedy:
+            heat = jnp.asarray(temperature, logits.dtype)
+            sampled = jr.categorical(key, logits / jnp.where(heat > 0, heat, 1))
+            chosen = jnp.where(heat > 0, sampled, chosen)
+            known &= (heat >= 0) & jnp.isfinite(heat)
+        return jnp.where(known, chosen, -1).astype(prompt.dtype)
 
     def step(carry: PyTree, key: PRNGKeyArray) -> tuple[PyTree, Array]:
         token, cache = carry
-        hidden, cache = model.extend(token[:, None], cache)
+        hidden, cache = extend(token[:, None], cache)
         token = choose(hidden, key)
         return (token, cache), token
 
     keys = jr.split(key, num_tokens)
-    hidden, cache = model.extend(prompt, model.empty_cache(len(prompt), total))
+    hidden, cache = extend(prompt, model.empty_cache(len(prompt), total))
     first = choose(hidden, keys[0])
     _, rest = lax.scan(step, (first, cache), keys[1:])
     return jnp.concatenate([first[:, None], rest.T], axis=1)

@@ -28,10 +28,14 @@ class HyperNetwork(eqx.Module):
     | $h$ | a perceptron with `rank` outputs |
     | $V$ | a matrix with a column for each of them |
 
-    At first V h is about `scale` times as large as each of θ₀'s arrays, so that
-    generated modules start as the template does, each a little different; arrays of
-    zeros, such as biases, start as zeros. (A last layer of common initialisation would
-    make weights of a size that has nothing to do with the module's own.)
+    At first V h is at most about `scale` times as large as each of θ₀'s arrays (where
+    every |hᵢ| is 1; for contexts of unit size about a fifth of that), so that generated
+    modules start as the template does, each a little different; arrays of zeros, such
+    as biases, start as zeros. (A last layer of common initialisation would make weights
+    of a size that has nothing to do with the module's own.)
+
+    An array that the template holds in several places (a tied weight) is generated
+    once.
 
     **Memory:** `rank` + 1 numbers for each that is generated: with n of them, rank · n
     in V.
@@ -70,6 +74,7 @@ class HyperNetwork(eqx.Module):
     features: eqx.nn.MLP
     V: tuple[Float[Array, "_ rank"], ...]
     where: Callable[[Any], bool] = eqx.field(static=True)
+    ties: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -97,15 +102,26 @@ class HyperNetwork(eqx.Module):
                     "`where` must choose real floating-point arrays alone; it chooses "
                     f"{eqx.tree_pformat(leaf)}."
                 )
+        # One array in two places is two leaves, and after a transformation two arrays.
+        distinct = list({id(leaf): leaf for leaf in chosen}.values())
+        places = {id(leaf): i for i, leaf in enumerate(distinct)}
+        self.ties = tuple(places[id(leaf)] for leaf in chosen)
+        dtype = max((wide(a.dtype) for a in distinct), key=lambda d: d.itemsize)
         key1, key2 = jr.split(key)
         self.template = template
         self.where = where
         self.features = eqx.nn.MLP(
-            context_size, rank, width, depth, final_activation=jnp.tanh, key=key1
+            context_size,
+            rank,
+            width,
+            depth,
+            final_activation=jnp.tanh,
+            dtype=dtype,
+            key=key1,
         )
         self.V = tuple(
             _column(leaf, rank, scale, k)
-            for leaf, k in zip(chosen, jr.split(key2, len(chosen)), strict=True)
+            for leaf, k in zip(distinct, jr.split(key2, len(distinct)), strict=True)
         )
 
     def __call__(self, context: Array) -> Any:
@@ -114,7 +130,7 @@ class HyperNetwork(eqx.Module):
         For several, `jax.vmap` the function that makes the module and calls it.
 
         Args:
-            context: a vector of length `context_size`.
+            context: a vector of length `context_size`, real and floating-point.
         """
         size = self.features.in_size
         if jnp.shape(context) != (size,):
@@ -122,14 +138,22 @@ class HyperNetwork(eqx.Module):
                 f"`context` must have shape ({size},); got {jnp.shape(context)}. For a "
                 "batch of contexts use `jax.vmap`."
             )
-        h = self.features(context)
-        columns = iter(self.V)
+        if not jnp.issubdtype(jnp.result_type(context), jnp.floating):
+            raise TypeError(
+                "`context` must be real and floating-point; got "
+                f"{jnp.result_type(context)}. Cast it."
+            )
+        h = self.features(context.astype(self.features.layers[0].weight.dtype))
+        ties, made = iter(self.ties), []
 
         def generate(leaf: Any) -> Any:
             if not self.where(leaf):
                 return leaf
-            change = (next(columns) @ h).reshape(leaf.shape)
-            return leaf + change.astype(leaf.dtype)
+            i = next(ties)
+            if i == len(made):
+                change = (self.V[i] @ h.astype(self.V[i].dtype)).reshape(leaf.shape)
+                made.append(leaf + change.astype(leaf.dtype))
+            return made[i]
 
         return jtu.tree_map(generate, self.template)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .. import _tree
 from ._checks import check_groups, check_list, check_rate, check_sizes
 from ._dropout import VariationalDropout, split_key
 from ._images import Features, conv
@@ -183,7 +184,7 @@ class MDEQCell(eqx.Module):
         Args:
             x: the injection.
         """
-        batch, _, height, width = x.shape
+        height, width = x.shape[2:]
         step = 2 ** (len(self.channels) - 1)
         if height % step or width % step:
             raise ValueError(
@@ -191,7 +192,7 @@ class MDEQCell(eqx.Module):
                 f"{len(self.channels)} scales; got {height} × {width}."
             )
         return tuple(
-            jnp.zeros((batch, c, height >> i, width >> i), x.dtype)
+            _tree.zeros_for(x, (c, height >> i, width >> i))
             for i, c in enumerate(self.channels)
         )
 

@@ -16,6 +16,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .. import _tree
 from .._tree import wide
 from ._checks import (
     Images,
@@ -135,7 +136,7 @@ class MonotoneDense(AbstractMonotone):
         self.m = check_m(m)
 
     def initial_state(self, x: Any) -> Float[Array, "batch features"]:
-        return jnp.zeros((self._check(x).shape[0], len(self.A)), self.A.dtype)
+        return _tree.zeros_for(self._check(x), (len(self.A),))
 
     def inject(self, x: Any) -> Float[Array, "batch features"]:
         return jax.vmap(self.U)(self._check(x))
@@ -147,7 +148,8 @@ class MonotoneDense(AbstractMonotone):
         return jax.nn.relu(z)
 
     def resolvent(self, alpha: Any, z: Array) -> Callable[[Array], Array]:
-        inverse = jnp.linalg.inv(identity(self.A) + alpha * self._gap())
+        gap = self._gap()
+        inverse = jnp.linalg.inv(identity(gap) + alpha * gap)
         return lambda v: jnp.matmul(
             v.astype(inverse.dtype), inverse.T, precision=HIGHEST
         ).astype(v.dtype)
@@ -252,9 +254,9 @@ class MonotoneConv(AbstractMonotone):
 
     def initial_state(self, x: Images) -> Tiers:
         x = self._check(x)
-        batch, _, height, width = x.shape
+        height, width = x.shape[2:]
         return tuple(
-            jnp.zeros((batch, c, (height >> i) + 2, (width >> i) + 2), x.dtype)
+            _tree.zeros_for(x, (c, (height >> i) + 2, (width >> i) + 2))
             for i, c in enumerate(self.channels)
         )
 
@@ -354,7 +356,9 @@ class UnitKernel(eqx.Module):
 
     def __call__(self, z: Grid) -> Grid:
         d = self.direction
-        size = jnp.sqrt(jnp.sum(jnp.square(d.astype(wide(d.dtype)))))
+        square = jnp.sum(jnp.square(d.astype(wide(d.dtype))))
+        # A direction of 0 has none: the kernel is 0, not NaN.
+        size = jnp.sqrt(jnp.where(square > 0, square, 1))
         kernel = (self.scale / size.astype(d.dtype)) * d
         return lax.conv_general_dilated(
             _wrap(z), kernel, (self.stride, self.stride), "VALID"

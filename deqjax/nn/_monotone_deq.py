@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optimistix as optx
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Picard
+from ..solvers._base import AbstractSolver, Measured, statistics
 from ._checks import batched_solver, check_count, check_sizes
+from ._deq import unless_lost
 from ._images import average
 from ._monotone import AbstractMonotone, MonotoneConv, MonotoneDense
 from ._splittings import AbstractSplitting, PeacemanRachford
@@ -23,7 +27,11 @@ class MonotoneDEQ(eqx.Module):
     $$ z^* = \mathrm{relu}(W z^* + U x + b), \qquad I - W \succeq m I, \quad m > 0 $$
 
     **Guarantee:** for every value of the parameters there is exactly one equilibrium,
-    and both splittings converge to it (under `deqjax.Picard`, from any start).
+    and both splittings converge to it (under `deqjax.Picard`, from any start). A solve
+    by a deqjax solver stops, and counts as converged, where the equation above holds to
+    the tolerances, whatever the step size: ‖relu(Wz + Ux + b) − z‖ is at most a known
+    multiple of what the splitting's map moves its iterate. (A solver of optimistix
+    tests the splitting's map.)
 
     The gradient is the adjoint's of the splitting's map: the two maps have the same
     fixed points, hence the same implicit gradient.
@@ -103,7 +111,9 @@ class MonotoneDEQ(eqx.Module):
     ) -> optx.Solution:
         """As `__call__`, with all that `deqjax.fixed_point` returns.
 
-        `value` is the equilibrium z; statistics are those of the splitting's map.
+        `value` is the equilibrium z, NaN where no evaluation was finite; `residual`,
+        `relative_residual` and `converged` are those of `equation` there; a
+        `residual_history` has the bounds that were tested.
 
         Args:
             x: see `__call__`.
@@ -116,19 +126,28 @@ class MonotoneDEQ(eqx.Module):
         if z0 is None:
             start = zeros
         else:
+            shapes = lambda z: jax.tree.map(jnp.shape, z)
+            if shapes(z0) != shapes(zeros):
+                raise ValueError(
+                    f"`z0` must have the shape of the equilibrium, {shapes(zeros)}; "
+                    f"got {shapes(z0)}."
+                )
             start = self.splitting.start(operator, operator.inject(x), z0)
+        tested = isinstance(self.solver, AbstractSolver) and not self.solver.static
         sol = fixed_point(
-            _split,
+            _measured if tested else _split,
             start,
             (self.splitting, operator, x),
             solver=self.solver,
             adjoint=self.adjoint,
             max_steps=self.max_steps,
-            throw=throw,
+            has_aux=tested,
             options=options,
         )
-        value = self.splitting.read(operator, sol.value)
-        return eqx.tree_at(lambda s: s.value, sol, value)
+        sol = _judged(self, sol, x)
+        if throw:
+            sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
+        return sol
 
     def equation(self, z: Any, x: Any) -> Any:
         """relu(W z + U x + b), of which the equilibrium is the fixed point.
@@ -201,6 +220,11 @@ class MonotoneClassifier(eqx.Module):
         features = eqx.filter_eval_shape(
             lambda x: self._features(layer.operator.initial_state(x)), example
         )
+        if features.shape[1] == 0:
+            raise ValueError(
+                "`pool` must be at most the side of the equilibrium's coarsest tier: "
+                f"nothing is left to classify; got {pool} for inputs of shape {shape}."
+            )
         self.head = eqx.nn.Linear(features.shape[1], num_classes, key=key)
 
     def __call__(self, x: Array, *, z0: Any = None) -> Float[Array, "batch classes"]:
@@ -281,3 +305,33 @@ class MonotoneClassifier(eqx.Module):
 def _split(u: Any, args: tuple[AbstractSplitting, AbstractMonotone, Any]) -> Any:
     splitting, operator, x = args
     return splitting.step(operator, operator.inject(x), u)
+
+
+def _measured(u: Any, args: tuple) -> tuple[Any, Measured]:
+    """The map, and a bound of the residual of the equation, to be tested."""
+    splitting, operator, _ = args
+    f = _split(u, args)
+    moved = lax.stop_gradient(_tree.norm(_tree.subtract(f, u), 1))
+    z = lax.stop_gradient(splitting.read(operator, u))
+    return f, Measured(splitting.slack(operator, u) * moved, _tree.norm(z, 1))
+
+
+@eqx.filter_jit
+def _judged(layer: MonotoneDEQ, sol: optx.Solution, x: Any) -> optx.Solution:
+    """The solution for z, its verdict that of the equation."""
+    solver, results = layer.solver, optx.RESULTS
+    value = layer.splitting.read(layer.operator, sol.value)
+    z, f = lax.stop_gradient((value, layer.equation(value, x)))
+    ndim = getattr(solver, "batch_ndim", 0)
+    residual, norm = _tree.norm(_tree.subtract(f, z), ndim), _tree.norm(f, ndim)
+    converged, result = sol.stats["converged"], sol.result
+    if isinstance(solver, AbstractSolver) and not solver.static:
+        converged = solver.passes(residual, norm)
+        # What rounding keeps from moving need not be at the equilibrium.
+        claims, met = result == results.successful, jnp.all(converged)
+        result = results.where(claims, results.nonlinear_divergence, result)
+        result = results.where(met, results.successful, result)
+    measured = statistics(residual, norm, converged, None, None)
+    stats = {**sol.stats, **{k: v for k, v in measured.items() if v is not None}}
+    sol = optx.Solution(value, result, None, stats, sol.state)
+    return unless_lost(sol, solver)

@@ -92,15 +92,15 @@ class Contractive(eqx.Module):
     **Cost:** see `spectral_bound`, once per solve.
 
     Args:
-        layer: an `equinox.nn.Linear` or `equinox.nn.Conv`, padded with zeros or
-            circularly.
+        layer: an `equinox.nn.Linear` or `equinox.nn.Conv`, padded with zeros, or
+            circularly by no more than its kernel needs.
         kappa: κ > 0; below 1 for a contraction.
         num_squarings: see `spectral_bound`.
 
     Raises:
         TypeError: if `layer` is neither.
         ValueError: if `kappa` or `num_squarings` is not valid, or the padding repeats
-            entries.
+            entries for the same entry of the kernel.
 
     Example:
         >>> import deqjax, equinox as eqx, jax.numpy as jnp, jax.random as jr
@@ -134,6 +134,8 @@ class Contractive(eqx.Module):
                 '`layer` must be padded with "ZEROS" or "CIRCULAR", since entries that '
                 f"are repeated count more than once; got {padding!r}."
             )
+        if isinstance(layer, eqx.nn.Conv) and padding == "CIRCULAR":
+            _check_wrap(layer)
         check_positive("kappa", kappa)
         check_sizes(num_squarings=num_squarings)
         self.layer, self.kappa, self.num_squarings = layer, kappa, num_squarings
@@ -157,3 +159,19 @@ class Contractive(eqx.Module):
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """The layer at x, with Ŵ."""
         return self.bounded()(x)
+
+
+def _check_wrap(layer: eqx.nn.Conv) -> None:
+    """Raise if an entry of the kernel meets an entry of the input twice."""
+    if isinstance(layer.padding, str):
+        return  # No more than the kernel needs.
+    for (low, high), size, step in zip(
+        layer.padding, layer.kernel_size, layer.dilation, strict=True
+    ):
+        if low + high > (size - 1) * step:
+            raise ValueError(
+                "`layer` must not be padded circularly by more than its kernel needs, "
+                "(kernel_size − 1) · dilation in total, since entries would count more "
+                f"than once; got padding {layer.padding} for kernel_size "
+                f"{layer.kernel_size} and dilation {layer.dilation}."
+            )

@@ -9,8 +9,10 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from .. import _tree
 from .._fixed_point import fixed_point
 from .._fold import fold
+from .._tree import wide
 from ..adjoints import ReversibleAdjoint, UnrolledAdjoint
 from ..solvers import Picard
 from ._checks import check_count, check_positive
@@ -49,6 +51,8 @@ class NeuralODE(eqx.Module):
         cell: as for `deqjax.nn.DEQ`.
         end_time: T.
         solver: one of diffrax; default: `diffrax.Tsit5()`.
+        dt0: the size of the first step, and of every step of a solver without an error
+            estimate, `diffrax.Euler()` say, which needs it; None: chosen by diffrax.
         rtol: relative tolerance of the step size.
         atol: absolute tolerance of the step size.
         adjoint: one of diffrax; default: `diffrax.RecursiveCheckpointAdjoint()`.
@@ -69,6 +73,7 @@ class NeuralODE(eqx.Module):
     cell: Any
     end_time: float = eqx.field(default=1.0, kw_only=True, static=True)
     solver: Any = eqx.field(default=None, kw_only=True)
+    dt0: float | None = eqx.field(default=None, kw_only=True, static=True)
     rtol: float = eqx.field(default=1e-4, kw_only=True, static=True)
     atol: float = eqx.field(default=1e-6, kw_only=True, static=True)
     adjoint: Any = eqx.field(default=None, kw_only=True)
@@ -84,6 +89,7 @@ class NeuralODE(eqx.Module):
             ("atol", self.atol),
         ):
             check_positive(name, value)
+        _check_steps(self.solver, self.dt0)
 
     def __call__(
         self, x: PyTree, *, z0: PyTree = None, key: Array | None = None
@@ -102,6 +108,7 @@ class NeuralODE(eqx.Module):
             DEQ(self.cell).initial_state(x) if z0 is None else z0,
             self.end_time,
             solver=self.solver,
+            dt0=self.dt0,
             tolerance=(self.rtol, self.atol),
             steady=None,
             adjoint=self.adjoint,
@@ -136,6 +143,8 @@ class SteadyStateODE(eqx.Module):
         rtol: tolerance relative to ‖z‖.
         atol: absolute tolerance.
         solver: one of diffrax; default: `diffrax.Tsit5()`.
+        dt0: the size of the first step, and of every step of a solver without an error
+            estimate, `diffrax.Euler()` say, which needs it; None: chosen by diffrax.
         adjoint: an implicit one of deqjax; default: `deqjax.ImplicitAdjoint()`.
         max_time: where to give up.
         max_steps: most steps.
@@ -156,6 +165,7 @@ class SteadyStateODE(eqx.Module):
     rtol: float = eqx.field(default=1e-4, kw_only=True, static=True)
     atol: float = eqx.field(default=1e-6, kw_only=True, static=True)
     solver: Any = eqx.field(default=None, kw_only=True)
+    dt0: float | None = eqx.field(default=None, kw_only=True, static=True)
     adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, kw_only=True)
     max_time: float = eqx.field(default=1e3, kw_only=True, static=True)
     max_steps: int = eqx.field(default=4096, kw_only=True, static=True)
@@ -170,6 +180,7 @@ class SteadyStateODE(eqx.Module):
             ("atol", self.atol),
         ):
             check_positive(name, value)
+        _check_steps(self.solver, self.dt0)
         if isinstance(self.adjoint, UnrolledAdjoint | ReversibleAdjoint):
             raise TypeError(
                 "`adjoint` must be an implicit one, which needs the steady state "
@@ -202,6 +213,7 @@ class SteadyStateODE(eqx.Module):
             fixed_start,
             self.max_time,
             solver=self.solver,
+            dt0=self.dt0,
             tolerance=(0.1 * self.rtol, 0.1 * self.atol),
             steady=(0.9 * self.rtol, 0.9 * self.atol),
             adjoint=None,
@@ -233,6 +245,7 @@ def _integrate(
     end_time: float,
     *,
     solver: Any,
+    dt0: float | None,
     tolerance: tuple[float, float],
     steady: tuple[float, float] | None,
     adjoint: Any,
@@ -242,24 +255,58 @@ def _integrate(
     diffrax = _diffrax("deqjax.nn")
     # As in `deqjax.fixed_point`: what does not depend on z is computed once.
     rest, kept, _ = fold(apply_cell, z0, args)
-    field = lambda t, z, kept: jtu.tree_map(jnp.subtract, rest(z, kept), z)
+    # Times, steps and states in one dtype, at least float32; the cell in its own.
+    dtype = max((wide(a.dtype) for a in jtu.tree_leaves(z0)), key=lambda d: d.itemsize)
+    narrow = lambda z: jtu.tree_map(lambda a, b: a.astype(b.dtype), z, z0)
+
+    def field(t: Any, z: PyTree, kept: PyTree) -> PyTree:
+        return jtu.tree_map(lambda f, z: f.astype(dtype) - z, rest(narrow(z), kept), z)
+
+    start = jtu.tree_map(lambda a: a.astype(dtype), z0)
+    times = (jnp.asarray(t, dtype) for t in (0.0, end_time))
+    solver = diffrax.Tsit5() if solver is None else solver
+    controller = diffrax.PIDController(*tolerance)
+    if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        controller = diffrax.ConstantStepSize()
     event = None
     if steady is not None:
         event = diffrax.Event(diffrax.steady_state_event(*steady, optx.two_norm))
-    return diffrax.diffeqsolve(
+    sol = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
-        diffrax.Tsit5() if solver is None else solver,
-        0.0,
-        end_time,
-        None,
-        z0,
+        solver,
+        *times,
+        None if dt0 is None else jnp.asarray(dt0, dtype),
+        start,
         kept,
-        stepsize_controller=diffrax.PIDController(*tolerance),
+        stepsize_controller=controller,
         adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         event=event,
         max_steps=max_steps,
         throw=False,
     )
+    # Where the field is not finite no step is taken, and z₀ would be the answer.
+    found = _tree.all_finite(field(None, start, kept))
+    ys = jtu.tree_map(lambda a: jnp.where(found, a, jnp.nan), narrow(sol.ys))
+    return eqx.tree_at(lambda s: s.ys, sol, ys)
+
+
+def _check_steps(solver: Any, dt0: Any) -> None:
+    """Raise unless `solver` is one of diffrax that knows how large its steps are."""
+    diffrax = _diffrax("deqjax.nn")
+    if dt0 is not None:
+        check_positive("dt0", dt0)
+    if solver is None:
+        return
+    if not isinstance(solver, diffrax.AbstractSolver):
+        raise TypeError(
+            "`solver` must be one of diffrax (an instance, not the class); got "
+            f"{solver!r}."
+        )
+    if dt0 is None and not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        raise ValueError(
+            f"`dt0`, the size of its steps, is needed for {type(solver).__name__}, "
+            "which has no error estimate to choose them by."
+        )
 
 
 def _constant(tree: PyTree) -> PyTree:

@@ -9,13 +9,12 @@ import jax.random as jr
 import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Reversible
 from ._attention import Attention, Heads, Past
 from ._checks import batched_solver, check_heads, check_sizes, check_tokens
-from ._deq import DEQ
-from ._generation import Cache, static_depth, static_solve
+from ._deq import DEQ, unless_lost
+from ._generation import Cache, check_room, static_depth, static_solve
 from ._tokens import Features, Tokens, embed_at, over_tokens, project
 
 
@@ -267,6 +266,7 @@ class RevDEQLM(eqx.Module):
         heads = self.deq.cell.attention.num_heads
         dim = self.tokens.weight.shape[1]
         length = self.max_length if max_length is None else max_length
+        check_room(length, self.max_length)
         return Cache.empty(
             depth, batch, length, heads, dim // heads, self.tokens.weight.dtype
         )
@@ -294,7 +294,7 @@ class RevDEQLM(eqx.Module):
         depth = static_depth(solver, max_steps)
         cache.check(depth or 1, tokens)
         x = self._inject(tokens, cache.positions(tokens))
-        cell, z0 = self.deq.cell, _tree.zeros_like(x)
+        cell, z0 = self.deq.cell, self.deq.initial_state(x)
         options = {} if options is None else options
         if depth is not None:
 
@@ -315,7 +315,7 @@ class RevDEQLM(eqx.Module):
                 max_steps=max_steps,
                 options=options,
             )
-            z = sol.value
+            z = unless_lost(sol, solver).value
             _, (keys, values) = cell.advance(z, x, past)
             worst = jax.lax.stop_gradient(sol.stats["relative_residual"])
             cache = cache.add(keys[None], values[None], worst)

@@ -1,7 +1,7 @@
 """What changes from training step to training step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -14,6 +14,8 @@ from ..adjoints import UnrolledAdjoint
 from ..solvers import Picard
 from ._checks import check_count, check_sizes
 from ._deq import DEQ
+from ._hyper import HyperDEQ
+from ._monotone_deq import MonotoneDEQ
 
 
 def draw_options(deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()) -> Options:
@@ -64,23 +66,31 @@ def draw_options(deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()) -> O
     return options
 
 
-def unrolled(model: Any, num_steps: int) -> Any:
-    """The model with every `DEQ` in it taken as a network of `num_steps` layers.
+class _Undamped(Picard):
+    """Picard iteration of static length; it leaves a choice of β unused."""
 
-    Undamped steps of the cell, differentiated by backpropagation through them.
+    known_options: ClassVar[frozenset[str]] = Picard.known_options | {"beta"}
+
+
+def unrolled(model: Any, num_steps: int) -> Any:
+    """The model with every equilibrium in it a network of `num_steps` layers.
+
+    Undamped steps of the cell, or of a `MonotoneDEQ`'s splitting, differentiated by
+    backpropagation through them. What `draw_options` drew for the model is taken: a β
+    is not used, a `step_budget` is where it is below `num_steps`.
 
     Apply it inside of the loss, so that parameters, gradients and the optimiser's state
     keep the structure that they have for the model itself.
 
     Args:
-        model: any pytree with `DEQ`s.
+        model: any pytree with `DEQ`s, `HyperDEQ`s or `MonotoneDEQ`s.
         num_steps: evaluations of each cell.
 
     Returns:
         The model, with the same parameters.
 
     Raises:
-        ValueError: if `num_steps` is not a positive integer, or there is no `DEQ`.
+        ValueError: if `num_steps` is not a positive integer, or there is no such layer.
 
     Example:
         >>> import deqjax, jax.numpy as jnp
@@ -89,7 +99,7 @@ def unrolled(model: Any, num_steps: int) -> Any:
         1.5
     """
     check_sizes(num_steps=num_steps)
-    is_deq = lambda node: isinstance(node, DEQ)
+    is_deq = lambda node: isinstance(node, DEQ | HyperDEQ | MonotoneDEQ)
     found = 0
 
     def leaf(node: Any) -> Any:
@@ -97,19 +107,23 @@ def unrolled(model: Any, num_steps: int) -> Any:
         if not is_deq(node):
             return node
         found += 1
-        solver = Picard(None, None, batch_ndim=getattr(node.solver, "batch_ndim", 0))
-        return DEQ(
-            node.cell,
-            start=node.start,
-            solver=solver,
-            adjoint=UnrolledAdjoint(),
-            max_steps=num_steps,
-        )
+        batch_ndim = getattr(node.solver, "batch_ndim", 0)
+        settings: dict[str, Any] = {
+            "solver": _Undamped(None, None, batch_ndim=batch_ndim),
+            "adjoint": UnrolledAdjoint(),
+            "max_steps": num_steps,
+        }
+        if isinstance(node, HyperDEQ):
+            return HyperDEQ(node.hyper, **settings)
+        if isinstance(node, MonotoneDEQ):
+            return MonotoneDEQ(node.operator, splitting=node.splitting, **settings)
+        return DEQ(node.cell, start=node.start, **settings)
 
     model = jax.tree.map(leaf, model, is_leaf=is_deq)
     if not found:
         raise ValueError(
-            f"`model` has no `deqjax.nn.DEQ` to unroll; got {type(model).__name__}."
+            "`model` has no equilibrium layer of `deqjax.nn` to unroll; got "
+            f"{type(model).__name__}."
         )
     return model
 
@@ -153,7 +167,7 @@ class Pretraining(eqx.Module):
         """The model for an update.
 
         Args:
-            model: any pytree with `DEQ`s.
+            model: see `unrolled`.
             update: its number, from 0, a Python integer.
         """
         if not isinstance(update, int):

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -45,6 +46,15 @@ class AbstractSplitting(eqx.Module):
             u: the iterate.
         """
 
+    @abc.abstractmethod
+    def slack(self, operator: AbstractMonotone, u: Any) -> Any:
+        """c with ‖relu(W z + U x + b) − z‖ ≤ c ‖step(u) − u‖ for the z of every u.
+
+        Args:
+            operator: W.
+            u: an iterate, of which the shapes alone matter.
+        """
+
 
 class ForwardBackward(AbstractSplitting):
     r"""Forward–backward splitting.
@@ -77,14 +87,22 @@ class ForwardBackward(AbstractSplitting):
         return z
 
     def step(self, operator: AbstractMonotone, bias: Any, u: Any) -> Any:
-        alpha = self.alpha
-        if alpha is None:
-            bound = operator.lipschitz(_tree.zeros_like(u))
-            alpha = lax.stop_gradient(operator.m / bound**2)
-        return operator.activate(_gradient_step(operator, bias, u, alpha))
+        return operator.activate(
+            _gradient_step(operator, bias, u, self._size(operator, u))
+        )
 
     def read(self, operator: AbstractMonotone, u: Any) -> Any:
         return u
+
+    def slack(self, operator: AbstractMonotone, u: Any) -> Any:
+        # A projected step is the longer the larger α is, but per α the shorter.
+        return 1 / jnp.minimum(self._size(operator, u), 1)
+
+    def _size(self, operator: AbstractMonotone, u: Any) -> Any:
+        if self.alpha is not None:
+            return self.alpha
+        bound = operator.lipschitz(_tree.zeros_like(u))
+        return lax.stop_gradient(operator.m / bound**2)
 
 
 class PeacemanRachford(AbstractSplitting):
@@ -93,7 +111,8 @@ class PeacemanRachford(AbstractSplitting):
     $$ u \mapsto 2 V (v + \alpha (U x + b)) - v, \qquad v = 2\,\mathrm{relu}(u) - u,
        \qquad V = (I + \alpha (I - W))^{-1}, \qquad z = \mathrm{relu}(u) $$
 
-    **Cost:** one application of V per evaluation; V is made once per solve.
+    **Cost:** one application of V per evaluation; V, and a bound of ‖I − W‖₂ for the
+    test, are made once per solve.
     **Converges**, iterated by `deqjax.Picard`, for every α > 0, since m > 0; fastest
     near α = 1 / ‖I − W‖₂. With `Picard(beta=0.5)` it is Douglas–Rachford splitting.
 
@@ -126,6 +145,12 @@ class PeacemanRachford(AbstractSplitting):
 
     def read(self, operator: AbstractMonotone, u: Any) -> Any:
         return operator.activate(u)
+
+    def slack(self, operator: AbstractMonotone, u: Any) -> Any:
+        # With w = V (v + α (U x + b)) and g = (I − W) · − U x − b, the map moves u by
+        # 2 (w − z), and u − z + α g(z) = z − w + α (g(z) − g(w)).
+        bound = operator.lipschitz(_tree.zeros_like(u))
+        return lax.stop_gradient((1 / self.alpha + bound) / 2)
 
 
 def _gradient_step(operator: AbstractMonotone, bias: Any, z: Any, alpha: Any) -> Any:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .. import _tree
-from ._checks import check_count
+from ._checks import check_count, check_list
 from ._deq import DEQ
 
 
@@ -28,7 +28,7 @@ class LearnedStart(eqx.Module):
             along them.
 
     Raises:
-        ValueError: if `batch_ndim` is negative.
+        ValueError: if `shape` or `batch_ndim` is not valid.
 
     Example:
         >>> import deqjax, jax.numpy as jnp
@@ -42,13 +42,15 @@ class LearnedStart(eqx.Module):
 
     def __init__(self, shape: tuple[int, ...], *, batch_ndim: int = 0):
         check_count("batch_ndim", batch_ndim, 0)
+        shape = check_list("shape", shape) if shape != () else ()
         self.value = jnp.zeros(shape)
         self.batch_ndim = batch_ndim
 
     def __call__(self, x: Any, *, key: PRNGKeyArray | None = None) -> Array:
         """The start for x: an array, or a pytree of arrays with the same batch."""
-        batch = jtu.tree_leaves(x)[0].shape[: self.batch_ndim]
-        return jnp.broadcast_to(self.value, (*batch, *self.value.shape))
+        first = jtu.tree_leaves(x)[0]
+        zeros = _tree.zeros_for(first, self.value.shape, self.batch_ndim)
+        return zeros.astype(self.value.dtype) + self.value
 
 
 class NoisyStart(eqx.Module):
@@ -105,7 +107,8 @@ def solve_stream(
 
     $$ z^*_t = \mathrm{cell}(z^*_t, x_t), \qquad z^{(0)}_t = z^*_{t-1} $$
 
-    One `lax.scan` over the frames, with one key for all: the same masks throughout.
+    One `lax.scan` over the frames, with one key for all: the same masks throughout. A
+    problem whose equilibrium is not finite begins anew in the next frame.
 
     Args:
         deq: the layer.
@@ -121,7 +124,7 @@ def solve_stream(
         The equilibria, and the statistics of the solves, both along a first axis.
 
     Raises:
-        ValueError: if the frames do not have the same length.
+        ValueError: if the frames do not have the same length, or there are none.
 
     Example:
         >>> import deqjax, jax.numpy as jnp
@@ -137,12 +140,17 @@ def solve_stream(
             "`frames` must have one length along the first axis of every leaf; got "
             f"{sorted(lengths)}."
         )
+    if (0,) in lengths:
+        raise ValueError("`frames` must hold at least one frame; got none.")
     if z0 is None:
         first = jtu.tree_map(lambda leaf: leaf[0], frames)
         z0 = deq.initial_state(first, key=key)
 
     def step(z: PyTree, x: PyTree) -> tuple[PyTree, tuple]:
         z = z if carry_gradient else lax.stop_gradient(z)
+        # What a bad frame made NaN must not spoil those that follow.
+        known = _tree.all_finite(z, getattr(deq.solver, "batch_ndim", 0))
+        z = _tree.where(known, z, deq.initial_state(x, key=key))
         sol: optx.Solution = deq.solve(x, z0=z, key=key, options=options)
         return sol.value, (sol.value, lax.stop_gradient(sol.stats))
 

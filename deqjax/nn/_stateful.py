@@ -16,10 +16,8 @@ def refuse_stateful(cell: Any) -> None:
     Raises:
         ValueError: naming the layer.
     """
-    kinds = (eqx.nn.StatefulLayer, eqx.nn.StateIndex)
-    found = jtu.tree_leaves_with_path(cell, is_leaf=lambda x: isinstance(x, kinds))
-    for path, layer in found:
-        if isinstance(layer, kinds) and not getattr(layer, "inference", False):
+    for path, layer in jtu.tree_leaves_with_path(cell, is_leaf=_holds_state):
+        if _holds_state(layer) and not getattr(layer, "inference", False):
             raise ValueError(
                 "`cell` must not hold layers with a state; "
                 f"`cell{jtu.keystr(path)}` is a {type(layer).__name__}, which changes "
@@ -29,3 +27,15 @@ def refuse_stateful(cell: Any) -> None:
                 "`equinox.nn.LayerNorm` or `deqjax.nn.Contractive` instead, or switch "
                 "it off with `equinox.nn.inference_mode`."
             )
+
+
+def _is_stateful(node: Any) -> bool:
+    return isinstance(node, eqx.nn.StatefulLayer) and node.is_stateful()
+
+
+def _holds_state(node: Any) -> bool:
+    """Whether a node has a state itself, and not by the layers that it is made of."""
+    if not _is_stateful(node):
+        return isinstance(node, eqx.nn.StateIndex)
+    is_part = lambda x: x is not node and _is_stateful(x)
+    return not any(map(is_part, jtu.tree_leaves(node, is_leaf=is_part)))

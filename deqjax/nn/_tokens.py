@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 Tokens = Int[Array, "batch length"]
 Features = Float[Array, "batch length dim"]
@@ -29,9 +29,17 @@ def project(layer: Any, x: Array) -> Array:
     return over_tokens(layer, x.astype(dtype)).astype(x.dtype)
 
 
+def signed(tokens: Integer[Array, "..."]) -> Int[Array, "..."]:
+    """Tokens as signed integers of 32 bits or more: room for every one, and for −1."""
+    whole = jnp.issubdtype(tokens.dtype, jnp.signedinteger)
+    return tokens if whole and tokens.dtype.itemsize >= 4 else tokens.astype(jnp.int32)
+
+
 def embed(table: Float[Array, "rows dim"], rows: Int[Array, "..."]) -> Array:
-    """Rows of a table; NaN for a row beyond its end."""
-    return table.at[rows].get(mode="fill", fill_value=jnp.nan)
+    """Rows of a table; NaN for rows that it does not have, negative ones too."""
+    return table.at[rows].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )
 
 
 def embed_at(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._attention import Attention, Heads, Past
 from ._checks import check_heads, check_sizes, check_tokens
-from ._generation import Cache
+from ._generation import Cache, check_room
 from ._tokens import Features, Tokens, embed_at, over_tokens, project
 
 
@@ -179,6 +179,7 @@ class TransformerLM(eqx.Module):
         heads = self.layers[0].attention.num_heads
         dim = self.tokens.weight.shape[1]
         length = self.max_length if max_length is None else max_length
+        check_room(length, self.max_length)
         dtype = self.tokens.weight.dtype
         return Cache.empty(len(self.layers), batch, length, heads, dim // heads, dtype)
 

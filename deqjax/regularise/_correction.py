@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Float, PyTree
@@ -11,8 +12,9 @@ from jaxtyping import Array, Float, PyTree
 from .. import _tree
 from .._checks import check_count
 from .._fixed_point import fixed_point
-from ..adjoints import ReversibleAdjoint, UnrolledAdjoint
-from ..solvers import Reversible
+from ..adjoints import JFBAdjoint, ReversibleAdjoint, UnrolledAdjoint
+from ..solvers import Anderson, Picard, Reversible
+from ..solvers._base import AbstractSolver
 
 
 def correction_points(
@@ -28,23 +30,23 @@ def correction_points(
 ) -> tuple[tuple[PyTree, ...], optx.Solution]:
     r"""Iterates on the way to a fixed point, to be given losses of their own.
 
-    The solve is a chain of solves, each from where the one before stopped: to the steps
-    in `at`, then to `max_steps`. A solver that remembers more than its iterate begins
-    anew at each of them: `deqjax.Reversible` with both states at z, others with an
-    empty history. A solve to a tolerance gives the best iterate that it evaluated,
-    after n steps at the latest that after n − 1.
+    Point k is what the solve without a test gives after k steps, z_k: the iterate of
+    `deqjax.Picard` and `deqjax.Reversible`, the best one evaluated of other solvers.
+    The solution is that of `deqjax.fixed_point`. (A solver of optimistix stops at its
+    own test.)
 
     **Gradients.** Under `deqjax.ReversibleAdjoint` and `deqjax.UnrolledAdjoint` they
-    are exact, for the points and for the solution: those of the steps of the whole
-    chain. Under any other adjoint, which knows a gradient at an equilibrium alone, each
-    part is stopped where it ends, at z_k; the point is one more evaluation there, with
-    the gradient of that evaluation alone; the chain goes on from it; and the solution
-    has the adjoint's own gradient:
+    are exact, for the points and for the solution: those of the steps taken. Under any
+    other adjoint, which knows a gradient at an equilibrium alone, the solution has the
+    adjoint's own gradient, and a point that of one evaluation of f at it, as
+    `deqjax.JFBAdjoint` gives it:
 
-    $$ \tilde z_k = f(\mathrm{stop}(z_k), \theta), \qquad
-       \bar\theta \mathrel{+}= (\partial_\theta f)^\top\, \bar{\tilde z}_k $$
+    $$ \bar\theta \mathrel{+}= (\partial_\theta f(z_k, \theta))^\top\, \bar z_k $$
 
-    **Cost:** that of the solve; one evaluation per point more under other adjoints.
+    **Cost:** with `deqjax.Picard`, which remembers its iterate alone, that of the
+    solve: it is a chain of solves, and does not end before the last point. Any other
+    solver starts anew for every point, since what it remembers (a companion, a history)
+    cannot be differentiated: Σ k steps more.
 
     Args:
         fn: see `deqjax.fixed_point`, and so for the others.
@@ -57,7 +59,7 @@ def correction_points(
         options: see there; without `step_budget` and `record`.
 
     Returns:
-        The points, and the solution, whose statistics are those of the last part.
+        The points, and the solution.
 
     Raises:
         ValueError: if `at` is not valid, or an option is that of a single solve.
@@ -91,25 +93,35 @@ def correction_points(
     exact = isinstance(adjoint, ReversibleAdjoint | UnrolledAdjoint) or (
         adjoint is None and isinstance(solver, Reversible)
     )
-    z, points = z0, []
-    parts = [b - a for a, b in itertools.pairwise(marks)]
-    solve = lambda z, steps: fixed_point(
-        fn,
-        z,
-        args,
-        solver=solver,
-        adjoint=adjoint,
-        max_steps=steps,
-        options=options,
+    solver = Anderson() if solver is None else solver
+    untested, of_points = _untested(solver), adjoint if exact else JFBAdjoint()
+    chained = isinstance(solver, Picard)
+    solve = lambda z, steps, solver, adjoint: fixed_point(
+        fn, z, args, solver=solver, adjoint=adjoint, max_steps=steps, options=options
     )
-    for steps in parts[:-1]:
-        z = solve(z, steps).value
-        if exact:
-            points.append(z)
-        else:
-            points.append(fn(lax.stop_gradient(z), args))
-            z = lax.stop_gradient(points[-1])
-    return tuple(points), solve(z, parts[-1])
+    z, done, points = z0, 0, []
+    for mark in at:
+        points.append(solve(z, mark - done, untested, of_points).value)
+        if chained:
+            z, done = points[-1] if exact else lax.stop_gradient(points[-1]), mark
+    if chained:
+        solver = eqx.tree_at(
+            lambda s: s.min_steps, solver, max(solver.min_steps - done, 0)
+        )
+    sol = solve(z, max_steps - done, solver, adjoint)
+    stats = dict(sol.stats)
+    for name in {"num_steps", "num_evals", "max_steps"} & set(stats):
+        stats[name] = stats[name] + done
+    return tuple(points), eqx.tree_at(lambda s: s.stats, sol, stats)
+
+
+def _untested(solver: Any) -> Any:
+    """The solver with a loop of static length, where it is one of deqjax."""
+    if not isinstance(solver, AbstractSolver):
+        return solver
+    return eqx.tree_at(
+        lambda s: (s.rtol, s.atol), solver, (None, None), is_leaf=lambda x: x is None
+    )
 
 
 def fixed_point_correction(

@@ -42,7 +42,8 @@ def jacobian_norm(
     | `"vjp"` | ‖εᵀJ‖², as in the paper | backward through a backward pass | |
     | `"difference"` | ‖(f(z+hε) − f(z))/h‖² | one backward pass | fn evaluated alone |
 
-    The first two are unbiased, with the same variance. The third has an error of order
+    The first two are unbiased; which of them varies less depends on J (±1 probes of
+    [[1, 1], [0, 0]] vary with the first alone). The third has an error of order
     h, h = √ε per unit of z (3e-4 in float32), and takes any fn that has a gradient; it
     is not for states of less than 32 bits.
 
@@ -85,6 +86,7 @@ def jacobian_norm(
     _choose("probe", probe, ("normal", "rademacher"))
     z = lax.stop_gradient(z)
     f = lambda z: fn(z, args)
+    _check(f, z, batch_ndim)
     if method == "vjp":
         pull = jax.vjp(f, z)[1]
         product = lambda v: pull(v)[0]
@@ -152,6 +154,7 @@ def jacobian_spectral_norm(
     check_count("num_steps", num_steps, 1)
     z = lax.stop_gradient(z)
     f = lambda z: fn(z, args)
+    _check(f, z, batch_ndim)
     product = jax.linearize(f, z)[1]
     transposed = jax.linear_transpose(product, z)
 
@@ -184,6 +187,21 @@ def _difference(f: Callable, z: PyTree, batch_ndim: int) -> Callable:
 def _unit(v: PyTree, batch_ndim: int) -> PyTree:
     size = _tree.norm(v, batch_ndim)
     return _tree.scale(1 / jnp.where(size > 0, size, 1), v)
+
+
+def _check(f: Callable, z: PyTree, batch_ndim: int) -> None:
+    """Raise unless f maps states of real numbers, with a batch, to such."""
+    for path, leaf in jtu.tree_leaves_with_path(z):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"`z{jtu.keystr(path)}` must be real and floating-point; got "
+                f"{jnp.result_type(leaf)}."
+            )
+    _tree.batch_shape(z, batch_ndim)
+    facts = lambda tree: jtu.tree_map(lambda a: (a.shape, str(a.dtype)), tree)
+    want, got = facts(jax.eval_shape(lambda: z)), facts(jax.eval_shape(f, z))
+    if want != got:
+        raise ValueError(f"`fn` must return states like `z`, {want}; it returns {got}.")
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:

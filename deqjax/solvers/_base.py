@@ -98,6 +98,20 @@ class Progress(eqx.Module):
         return active
 
 
+class Measured(eqx.Module):
+    """What a map may return as its `aux`: the norms to be tested in place of its own.
+
+    For maps that are iterated for the sake of another equation.
+
+    Attributes:
+        residual: in place of ‖f(z) − z‖.
+        norm: in place of ‖f(z)‖.
+    """
+
+    residual: Reals
+    norm: Reals
+
+
 class AbstractSolver(
     optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Aux, State]
 ):
@@ -173,8 +187,11 @@ class AbstractSolver(
         derivative: norms have none at 0.
         """
         f, z = lax.stop_gradient((f, z))
-        residual = _tree.norm(_tree.subtract(f, z), self.batch_ndim)
-        norm = _tree.norm(f, self.batch_ndim)
+        if isinstance(aux, Measured):
+            residual, norm = lax.stop_gradient((aux.residual, aux.norm))
+        else:
+            residual = _tree.norm(_tree.subtract(f, z), self.batch_ndim)
+            norm = _tree.norm(f, self.batch_ndim)
         finite = jnp.isfinite(residual) & jnp.isfinite(norm)
         first = progress.num_steps == 0
         converged = self.passes(residual, norm) & (progress.num_steps >= self.min_steps)
@@ -241,7 +258,11 @@ class AbstractSolver(
 
 
 def statistics(
-    residual: Reals, norm: Reals, converged: Flags, num_steps: Counts, num_evals: Array
+    residual: Reals,
+    norm: Reals,
+    converged: Flags,
+    num_steps: Counts | None,
+    num_evals: Array | None,
 ) -> dict[str, Any]:
     """The statistics of a solve; see `deqjax.fixed_point`."""
     tiny = jnp.finfo(norm.dtype).tiny

@@ -31,6 +31,17 @@ def test_an_embedding_is_its_row_projected_and_scaled():
     assert [t.shape for t in EMBEDDING.tables] == [(6, 16), (8, 4), (16, 1)]
 
 
+def test_narrow_integers_are_words_of_a_large_vocabulary_too():
+    table = AdaptiveEmbedding(300, 8, cutoffs=(200,), key=jr.key(0))
+    softmax = AdaptiveSoftmax(table, key=jr.key(1))
+    words = jnp.array([[3, 100, 127]])
+    hidden = table(words)
+    narrow = words.astype(jnp.int8)
+    np.testing.assert_array_equal(table(narrow), hidden)
+    got = softmax.nll(hidden, narrow, table)
+    np.testing.assert_array_equal(got, softmax.nll(hidden, words, table))
+
+
 def test_words_outside_of_the_vocabulary_are_nan():
     got = EMBEDDING(jnp.array([0, 30, -1]))
     np.testing.assert_array_equal(jnp.isnan(got).all(-1), [False, True, True])
@@ -130,6 +141,12 @@ def test_the_logits_of_a_cluster_are_computed_where_it_occurs():
         (lambda: AdaptiveEmbedding(9, 8, cutoffs=(5, 3), key=jr.key(0)), "grow.*5, 3"),
         (lambda: AdaptiveEmbedding(9, 8, cutoffs=(9,), key=jr.key(0)), "below.*9"),
         (lambda: AdaptiveEmbedding(9, 3, cutoffs=(5,), key=jr.key(0)), "no dimension"),
+        (
+            lambda: AdaptiveEmbedding(9, 8, cutoffs=(-2, 5), key=jr.key(0)),
+            "`cutoffs`.*-2",
+        ),
+        (lambda: AdaptiveEmbedding(9, 8, scale=-1.0, key=jr.key(0)), "`scale`.*-1.0"),
+        (lambda: AdaptiveSoftmax(EMBEDDING, scale=0.0, key=jr.key(0)), "`scale`.*0.0"),
         (lambda: AdaptiveSoftmax(EMBEDDING, block=0, key=jr.key(0)), "`block`.*0"),
     ],
 )

@@ -144,6 +144,12 @@ def test_words_one_by_one_with_memory_are_the_whole_text():
     assert int(memory.length) == 8
 
 
+def test_float64_models_take_integers_of_64_bits(x64):
+    tokens = jnp.array([[1, 2, 3]])
+    value = jax.eval_shape(lambda: lm(memory_length=2).solve(tokens)[0].value)
+    assert (value.shape, value.dtype) == ((1, 3, 16), jnp.float64)
+
+
 def test_memory_is_the_last_states_and_is_used():
     model = lm(memory_length=3)
     tokens = jr.randint(jr.key(1), (2, 5), 0, VOCAB)
@@ -207,6 +213,14 @@ def test_dropout_needs_a_key_and_is_off_in_inference_mode():
                 jnp.zeros((2, 3), int), memory=lm(memory_length=3).empty_memory(2)
             ),
             r"length 4.*\(2, 3\)",
+        ),
+        (
+            lambda: lm().nll(jnp.zeros((2, 4, 16)), jnp.zeros((2, 6), int)),
+            r"`targets`.*\(2, 4\).*\(2, 6\)",
+        ),
+        (
+            lambda: lm().nll(jnp.zeros((2, 4, 16)), jnp.zeros((4, 2), int)),
+            r"`targets`.*\(2, 4\).*\(4, 2\)",
         ),
     ],
 )

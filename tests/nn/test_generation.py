@@ -1,13 +1,14 @@
 """Token by token is the parallel forward pass."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import RevDEQLM, TransformerLM, generate
+from deqjax.nn import LearnedStart, RevDEQLM, TransformerLM, generate
 from tests.helpers import error
 
 TOKENS = jr.randint(jr.key(1), (3, 9), 0, 17)
@@ -33,11 +34,21 @@ MODELS = {
     "4 reversible steps": lambda: rev(deqjax.Reversible(**STATIC)),
     "4 Picard steps": lambda: rev(deqjax.Picard(**STATIC, beta=0.7)),
     "converged": lambda: rev(deqjax.Picard(**TIGHT), 100, residual="input"),
+    "converged, Anderson": lambda: rev(deqjax.Anderson(**TIGHT), 100, residual="input"),
+    "converged, Broyden": lambda: rev(deqjax.Broyden(**TIGHT), 100, residual="input"),
     "converged, reversible": lambda: rev(
         deqjax.Reversible(**TIGHT), 100, residual="input"
     ),
 }
-SLOW, OTHER = pytest.mark.slow, ("4 Picard steps", "converged, reversible")
+SLOW, OTHER = (
+    pytest.mark.slow,
+    (
+        "4 Picard steps",
+        "converged, reversible",
+        "converged, Anderson",
+        "converged, Broyden",
+    ),
+)
 DEPTH = {"explicit": 3, "4 reversible steps": 8, "4 Picard steps": 4}
 
 
@@ -67,6 +78,20 @@ def test_token_by_token_is_the_parallel_forward(name):
         assert np.all((worst > 0) & (worst < 3e-6))
 
 
+def test_a_start_of_the_layer_is_that_of_the_parallel_forward():
+    model = MODELS["4 reversible steps"]()
+    start = eqx.tree_at(
+        lambda s: s.value, LearnedStart((8,), batch_ndim=2), jnp.linspace(-2, 2, 8)
+    )
+    model = eqx.tree_at(
+        lambda m: m.deq.start, model, start, is_leaf=lambda x: x is None
+    )
+    want = eqx.filter_jit(lambda m, t: m(t))(model, TOKENS)
+    first, cache = extend(model, TOKENS[:, :8], model.empty_cache(3, 9))
+    last, _ = extend(model, TOKENS[:, 8:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, last], 1), want, atol=1e-4)
+
+
 def test_generated_tokens_are_the_likeliest_of_the_parallel_forward():
     model = MODELS["4 reversible steps"]()
     got = generate(model, TOKENS[:, :3], 5, temperature=0)
@@ -92,15 +117,25 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_array_equal(got, again)
 
 
-@pytest.mark.slow
 def test_a_choice_of_betas():
     chosen = rev(deqjax.Reversible(**STATIC, beta=(0.5, 0.75)))
     want = rev(deqjax.Reversible(**STATIC, beta=0.75))(TOKENS)
     run = eqx.filter_jit(lambda m, t, i: m.extend(t, m.empty_cache(3), options=i)[0])
     hidden = run(chosen, TOKENS, {"beta": jnp.array(1)})
     assert error(chosen.logits(hidden), want) <= 1e-4
+    greedy = {"temperature": 0, "options": {"beta": 1}}
+    text = generate(chosen, TOKENS, 1, **greedy)[:, 0]
+    np.testing.assert_array_equal(text, jnp.argmax(want[:, -1], -1))
     with pytest.raises(ValueError, match="chooses from a tuple"):
         chosen.extend(TOKENS, chosen.empty_cache(3))
+
+
+def test_integers_of_64_bits(x64):
+    tokens = TOKENS[:, :3].astype(jnp.int64)
+    for name in ("explicit", "4 reversible steps", "converged"):
+        make = MODELS[name]
+        text = jax.eval_shape(lambda m=make: generate(m(), tokens, 2, temperature=0))
+        assert (text.shape, text.dtype) == ((3, 2), jnp.int64)
 
 
 def test_tokens_without_room_are_nan():
@@ -116,6 +151,10 @@ def test_what_does_not_fit_is_refused_by_name():
     model = MODELS["explicit"]()
     with pytest.raises(ValueError, match="need 12 positions.*10"):
         generate(model, TOKENS, 3, temperature=0)
+    with pytest.raises(ValueError, match="`max_length` may be 10.*11"):
+        model.empty_cache(3, 11)
+    with pytest.raises(ValueError, match="`max_length` may be 10.*11"):
+        MODELS["4 Picard steps"]().empty_cache(3, 11)
     with pytest.raises(ValueError, match="`key` is needed"):
         generate(model, TOKENS, 1)
     with pytest.raises(ValueError, match="batch 3.*batch 2"):

@@ -56,6 +56,49 @@ def test_weights_are_those_of_the_template_and_a_change_linear_in_the_features()
     assert not np.array_equal(got.w, hyper(jnp.zeros(2)).w)
 
 
+def test_a_tied_array_stays_tied_whatever_becomes_of_the_template():
+    layer = eqx.nn.Linear(3, 3, use_bias=False, key=KEY)
+    hyper = HyperNetwork((layer, layer, layer.weight + 1), 2, key=KEY)
+    assert [v.shape for v in hyper.V] == [(9, 8), (9, 8)]
+    first, second, other = eqx.filter_jit(hyper)(jnp.asarray(context))
+    np.testing.assert_array_equal(first.weight, second.weight)
+    assert error(other - 1, first.weight) > 1e-3
+    # One gradient, of both uses, at the one place that is read.
+    total = lambda hyper: sum(
+        jnp.sum(a.weight) for a in hyper(jnp.asarray(context))[:2]
+    )
+    slope = eqx.filter_jit(eqx.filter_grad(total))(hyper)
+    np.testing.assert_array_equal(slope.template[0].weight, 2)
+    np.testing.assert_array_equal(slope.template[1].weight, 0)
+
+
+def test_the_perceptron_has_the_dtype_of_the_template(x64):
+    layer = eqx.nn.Linear(3, 3, dtype=jnp.float32, key=KEY)
+    hyper = HyperNetwork(layer, 2, key=KEY)
+    for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
+        assert hyper(jnp.asarray(context, dtype)).weight.dtype == jnp.float32
+    with pytest.raises(TypeError, match="`context` must be real.*int64"):
+        hyper(jnp.ones(2, int))
+
+
+def test_the_gradient_at_a_converged_equilibrium_reaches_the_generator(x64):
+    hyper = HyperNetwork(Cell(), 2, rank=3, width=4, key=KEY)
+    adjoint = deqjax.ImplicitAdjoint(deqjax.linear.GMRES(1e-12))
+    x, c = jnp.array([0.1, -0.4, 0.7]), jnp.asarray(context, jnp.float64)
+    solver = deqjax.Picard(1e-12, 1e-12)
+    layer = HyperDEQ(hyper, solver=solver, adjoint=adjoint, max_steps=200)
+    assert layer.solve(x, c).result == OK
+
+    def unrolled(c):
+        cell, z = hyper(c), jnp.zeros(3)
+        for _ in range(60):
+            z = cell(z, x)
+        return weigh(z)
+
+    got = jax.jit(jax.grad(lambda c: weigh(layer(x, c))))(c)
+    assert error(got, jax.jit(jax.grad(unrolled))(c)) <= 1e-9
+
+
 def test_any_module_and_dtype_and_a_choice_of_leaves():
     template = eqx.nn.MLP(2, 3, 4, 1, dtype=jnp.bfloat16, key=KEY)
     hyper = HyperNetwork(

@@ -9,6 +9,7 @@ import pytest
 
 import deqjax
 from deqjax.nn import RevDEQBlock, RevDEQLM, TransformerLM, count_parameters
+from deqjax.nn._checks import check_tokens
 from tests.helpers import error
 from tests.nn import language
 from tests.nn.language import VOCAB, repeated
@@ -190,6 +191,7 @@ def test_parameters_may_have_another_dtype():
         (lambda: TransformerLM(7, 8, 2, 0, max_length=8, key=jr.key(0)), "num_layers"),
         (lambda: MODELS["RevDEQ"](TOKENS[0]), r"shape \(batch, length\).*\(8,\)"),
         (lambda: MODELS["RevDEQ"](jnp.zeros((1, 4))), "must be integers.*float32"),
+        (lambda: check_tokens("prompt", [[1, 2]]), "`prompt` must be an array.*list"),
         (lambda: MODELS["explicit"](jnp.zeros((1, 9), int)), "`max_length` = 8.*9"),
     ],
 )

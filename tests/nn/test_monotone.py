@@ -19,7 +19,7 @@ from deqjax.nn import (
     MonotoneDEQ,
     PeacemanRachford,
 )
-from deqjax.nn._monotone_deq import _split
+from deqjax.nn._monotone_deq import _measured, _split
 from tests.helpers import OK, error
 from tests.nn.images import cross_entropy, data, fill, repeated
 from tests.nn.training import QUICK, train
@@ -80,6 +80,33 @@ def test_the_dense_operator_is_its_formula():
     want = 0.5 * np.eye(5) - a.T @ a + b - b.T
     got = dense(operator.multiply, one(operator.initial_state(x)))
     assert np.max(np.abs(got - want)) <= 1e-5
+
+
+def test_half_precision_takes_its_inverse_in_float32():
+    operator, x = jax.tree.map(
+        lambda a: a.astype(jnp.bfloat16), operator_and_input("dense")
+    )
+    z = MonotoneDEQ(operator)(x)
+    assert z.dtype == jnp.bfloat16
+    want = MonotoneDEQ(operator_and_input("dense")[0])(operator_and_input("dense")[1])
+    assert error(z.astype(jnp.float32), want) <= 0.05
+
+
+def test_a_kernel_without_a_direction_is_zero():
+    operator, x = operator_and_input("two tiers")
+    none = lambda kernel: jnp.zeros_like(kernel.direction)
+    operator = eqx.tree_at(lambda o: o.B[0].direction, operator, none(operator.B[0]))
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def energy(operator):
+        z = operator.multiply(operator.inject(x))
+        return sum(jnp.sum(a**2) for a in z)
+
+    value, slope = energy(operator)
+    off = eqx.tree_at(lambda o: o.B[0].scale, operator_and_input("two tiers")[0], 0.0)
+    np.testing.assert_allclose(value, energy(off)[0], rtol=1e-6)
+    assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves(slope))
 
 
 def np_circular(kernel, z, stride=1):
@@ -175,6 +202,60 @@ def test_twenty_random_starts_and_both_splittings_reach_the_one_equilibrium(kind
                 assert float(jnp.max(a.at[..., 1:-1, 1:-1].set(0))) == 0
 
 
+@pytest.mark.parametrize("splitting", [ForwardBackward(), PeacemanRachford()])
+@pytest.mark.parametrize(("m", "size"), [(0.01, 10.0), (1.0, 5.0), (1.0, 1.0)])
+def test_converged_means_that_the_equation_holds(splitting, m, size):
+    operator = MonotoneDense(3, 6, m=m, key=jr.key(0))
+    scaled = (size * operator.A, size * operator.B)
+    operator = eqx.tree_at(lambda o: (o.A, o.B), operator, scaled)
+    layer, x = MonotoneDEQ(operator, splitting=splitting), jnp.ones((1, 3))
+    sol = layer.solve(x, z0=10 * jr.normal(jr.key(1), (1, 6)))
+    again = layer.equation(sol.value, x)
+    residual, norm = (jnp.linalg.norm(a) for a in (again - sol.value, again))
+    np.testing.assert_allclose(sol.stats["residual"][0], residual, rtol=1e-2)
+    met = bool(residual <= 1e-6 + 1e-4 * norm)
+    assert bool(sol.stats["converged"][0]) == met
+    assert (sol.result == OK) == met
+    # Only steps that are very short do not get there.
+    assert met or isinstance(splitting, ForwardBackward)
+    if not met:
+        with pytest.raises(RuntimeError, match="steps"):
+            layer.solve(x, throw=True)
+
+
+def test_the_slack_bounds_the_equation_by_the_step():
+    operator, x = operator_and_input("dense")
+    bias = operator.inject(x)
+    for alpha in (0.05, 0.7, 3.0):
+        for splitting in (ForwardBackward(alpha), PeacemanRachford(alpha)):
+            for seed in range(3):
+                u = jr.normal(jr.key(seed), (2, 5))
+                z = splitting.read(operator, u)
+                if isinstance(splitting, ForwardBackward):
+                    u = z = jax.nn.relu(u)
+                moved = splitting.step(operator, bias, u) - u
+                missed = operator.activate(operator.multiply(z) + bias) - z
+                bound = splitting.slack(operator, u) * jnp.linalg.norm(moved, axis=1)
+                assert bool(jnp.all(jnp.linalg.norm(missed, axis=1) <= 1.001 * bound))
+
+
+@pytest.mark.parametrize("splitting", SPLITTINGS)
+def test_twenty_starts_agree_to_the_default_tolerances(splitting):
+    operator, x = operator_and_input("dense")
+    layer = MonotoneDEQ(operator, splitting=SPLITTINGS[splitting], max_steps=2000)
+    x = jnp.broadcast_to(x[:1], (20, 3))
+    sol = layer.solve(x, z0=5 * jr.normal(jr.key(0), (20, 5)))
+    assert sol.result == OK
+    # Strong monotonicity bounds the distance: ‖z − z*‖ ≤ (1 + L) / m ‖residual‖.
+    gap = dense(lambda v: v - operator.multiply(v), one(sol.value))
+    reach = (1 + np.linalg.norm(gap, 2)) / operator.m
+    spread = jnp.linalg.norm(sol.value - sol.value[:1], axis=1)
+    bound = reach * (sol.stats["residual"] + sol.stats["residual"][0])
+    assert bool(jnp.all(spread <= bound + 1e-6))
+    size = jnp.linalg.norm(sol.value[0])
+    assert float(jnp.max(spread)) <= 2 * reach * (1e-6 + 1e-4 * size)
+
+
 def test_inverses_and_bounds_are_made_once_per_solve():
     operator, x = operator_and_input("two tiers")
     u = operator.initial_state(x)
@@ -183,6 +264,9 @@ def test_inverses_and_bounds_are_made_once_per_solve():
     assert all(jnp.issubdtype(k.dtype, jnp.floating) for k in kept)
     assert backward.count("fft") == 4  # there and back, for each tier
     assert "lu" not in backward
+    tested, _ = repeated(_measured, u, (PeacemanRachford(), operator, x))
+    assert tested.count("fft") == 4
+    assert tested.count("dot_general") == backward.count("dot_general")
     forward, _ = repeated(_split, u, (ForwardBackward(), operator, x))
     assert "fft" not in forward
     assert "sqrt" not in forward  # nor norms of kernels
@@ -288,6 +372,11 @@ def test_arguments_are_refused_by_name(make, words):
 
 def test_inputs_that_do_not_fit_are_refused():
     layer = MonotoneDEQ(operator_and_input("dense")[0])
+    with pytest.raises(ValueError, match=r"`z0`.*\(2, 5\); got \(2, 4\)"):
+        layer(jnp.zeros((2, 3)), z0=jnp.zeros((2, 4)))
+    conv = MonotoneDEQ(MonotoneConv(1, (2,), key=jr.key(0)))
+    with pytest.raises(ValueError, match=r"`pool`.*got 7 for"):
+        MonotoneClassifier(conv, (1, 4, 4), 2, pool=7, key=jr.key(0))
     with pytest.raises(ValueError, match=r"`x`.*\(batch, 3\); got \(2, 4\)"):
         layer(jnp.zeros((2, 4)))
     with pytest.raises(TypeError, match="`x`.*float32; got bfloat16"):

@@ -62,6 +62,7 @@ def dense(layer, shape):
     [
         {"padding": 1},
         {"padding": 1, "padding_mode": "CIRCULAR", "groups": 2},
+        {"padding": [(0, 2), (1, 1)], "padding_mode": "CIRCULAR", "stride": 2},
         {"padding": 2, "dilation": 2, "stride": 2},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
@@ -202,6 +203,13 @@ def test_the_compiled_loop_contains_no_norm_of_a_weight(x64):
     assert not matrices
 
 
+def circular(size, padding):
+    layer = eqx.nn.Conv2d(
+        1, 2, size, padding=padding, padding_mode="CIRCULAR", key=jr.key(0)
+    )
+    return Contractive(layer)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -214,6 +222,8 @@ def test_the_compiled_loop_contains_no_norm_of_a_weight(x64):
             "REFLECT",
         ),
         (lambda: spectral_bound(jnp.eye(2), 0), "`num_squarings`.*0"),
+        (lambda: circular(3, 2), "more than its kernel needs.*2, 2.*3, 3"),
+        (lambda: circular(1, (1, 0)), "more than its kernel needs"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(make, words):

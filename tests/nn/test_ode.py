@@ -103,6 +103,48 @@ def test_a_state_that_is_not_steady_is_not_called_so():
     assert not bool(sol.stats["converged"])
 
 
+@pytest.mark.parametrize("kind", [NeuralODE, SteadyStateODE])
+def test_states_of_any_dtype(kind, dtype):
+    tol = {"rtol": 3e-2, "atol": 3e-2} if dtype.itemsize == 2 else {"rtol": 1e-4}
+    layer = kind(jax.tree.map(lambda a: a.astype(dtype), cell()), **tol)
+    z = layer(jnp.asarray(x, dtype))
+    assert z.dtype == dtype
+    start = {"end_time": 1.0} if kind is NeuralODE else {}
+    want = kind(cell(), **start)(jnp.asarray(x, cell().w.dtype))
+    assert error(z.astype(want.dtype), want) <= (0.1 if dtype.itemsize == 2 else 1e-3)
+
+
+def test_float32_under_x64_stays_float32(x64):
+    single = jax.tree.map(lambda a: a.astype(jnp.float32), cell())
+    for layer in (NeuralODE(single), SteadyStateODE(single)):
+        assert layer(jnp.asarray(x, jnp.float32)).dtype == jnp.float32
+
+
+def test_euler_steps_are_those_of_damped_picard(x64):
+    layer = NeuralODE(cell(), solver=diffrax.Euler(), dt0=0.25, end_time=2.0)
+    a = jnp.asarray(x)
+    solver = deqjax.Picard(None, None, beta=0.25)
+    want = layer.deq(solver=solver, max_steps=8)(a)
+    assert error(layer(a), want) <= 1e-12
+    steady = SteadyStateODE(cell(), solver=diffrax.Euler(), dt0=0.5, rtol=1e-6)
+    assert error(steady(a), layer.deq(solver=deqjax.Picard(1e-9, 1e-9))(a)) <= 1e-4
+
+
+def test_compiled_and_eager_agree_and_a_loss_falls():
+    a, target = jnp.asarray(x, jnp.float32), jnp.array([0.2, -0.1, 0.3, 0.1])
+    for layer in (NeuralODE(cell(), rtol=1e-3), SteadyStateODE(cell())):
+        loss = lambda layer: jnp.sum((layer(a) - target) ** 2)
+        step = eqx.filter_value_and_grad(loss)
+        eager, compiled = step(layer), eqx.filter_jit(step)(layer)
+        assert error(compiled, eager) <= 1e-4
+        step, losses = eqx.filter_jit(step), []
+        for _ in range(6):
+            value, slope = step(layer)
+            losses.append(float(value))
+            layer = eqx.apply_updates(layer, jax.tree.map(lambda g: -0.5 * g, slope))
+        assert losses[-1] <= 0.9 * losses[0]
+
+
 def test_vmap_integrates_each_member_by_itself():
     layer = SteadyStateODE(cell(), rtol=1e-5, atol=1e-6)
     batch = jnp.stack([jnp.asarray(x, jnp.float32), jnp.ones(4)])
@@ -124,6 +166,10 @@ def test_without_diffrax_the_error_says_what_to_install(kind, monkeypatch):
         (lambda c: NeuralODE(3), "`cell` must be callable.*int"),
         (lambda c: NeuralODE(c, end_time=0.0), "`end_time`.*0.0"),
         (lambda c: NeuralODE(c, max_steps=0), "`max_steps`.*0"),
+        (lambda c: NeuralODE(c, solver=diffrax.Euler()), "`dt0`.*Euler"),
+        (lambda c: SteadyStateODE(c, solver=diffrax.Euler()), "`dt0`.*Euler"),
+        (lambda c: NeuralODE(c, dt0=-1.0), "`dt0`.*-1.0"),
+        (lambda c: NeuralODE(c, solver=diffrax.Euler), "`solver`.*an instance"),
         (lambda c: SteadyStateODE(c, rtol=-1.0), "`rtol`.*-1.0"),
         (
             lambda c: SteadyStateODE(c, adjoint=deqjax.UnrolledAdjoint()),

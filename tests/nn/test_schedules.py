@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import DEQ, Pretraining, RevDEQ, draw_options, unrolled
+from deqjax.nn import (
+    DEQ,
+    HyperDEQ,
+    MonotoneDense,
+    MonotoneDEQ,
+    Pretraining,
+    RevDEQ,
+    draw_options,
+    unrolled,
+)
 from tests import helpers
 from tests.helpers import error
 
@@ -106,6 +115,36 @@ class Holder(eqx.Module):
         return 0.5 * z + x
 
 
+def test_what_was_drawn_for_a_solve_serves_pretraining_too():
+    deq = RevDEQ(cell, num_steps=10, beta=(0.3, 0.5))
+    options = draw_options(deq, jr.key(0), steps=(4, 10))
+    run = eqx.filter_jit(lambda deq, x, options: deq(x, options=options))
+    first = run(Pretraining(num_updates=1)(deq, 0), X, options)
+    np.testing.assert_array_equal(first, unrolled(deq, 2)(X))
+
+
+@pytest.mark.parametrize("kind", ["monotone", "hyper"])
+def test_every_kind_of_equilibrium_layer_is_unrolled(kind):
+    if kind == "monotone":
+        operator = MonotoneDense(3, 4, key=jr.key(0))
+        layer, inputs = MonotoneDEQ(operator), (X[None],)
+        split, bias = layer.splitting, operator.inject(X[None])
+        u = jnp.zeros((1, 4))
+        for _ in range(2):
+            u = split.step(operator, bias, u)
+        want = split.read(operator, u)
+    else:
+        layer, inputs = HyperDEQ(lambda w: eqx.Partial(scaled, w)), (X, jnp.array(0.3))
+        want = scaled(0.3, scaled(0.3, jnp.zeros(3), X), X)
+    got = Pretraining(num_updates=1, depth=2)(layer, 0)
+    np.testing.assert_allclose(got(*inputs), want, rtol=1e-5)
+    assert Pretraining(num_updates=1)(layer, 1) is layer
+
+
+def scaled(w, z, x, key=None):
+    return jnp.tanh(w * z + x)
+
+
 def test_layers_with_a_state_are_refused_inside_a_cell():
     with pytest.raises(ValueError, match=r"layers\[1\].*BatchNorm.*GroupNorm"):
         DEQ(Holder([eqx.nn.Linear(3, 3, key=jr.key(0)), norm()]))
@@ -114,6 +153,19 @@ def test_layers_with_a_state_are_refused_inside_a_cell():
         RevDEQ(Holder([eqx.nn.SpectralNorm(linear, "weight", key=jr.key(1))]))
     with pytest.raises(ValueError, match="StateIndex"):
         DEQ(Holder([eqx.nn.StateIndex(jnp.zeros(()))]))
+
+
+def test_sequences_are_as_stateful_as_their_layers():
+    linear = eqx.nn.Linear(3, 3, key=jr.key(0))
+    plain = eqx.nn.Sequential([linear, eqx.nn.Sequential([linear])])
+    cell = lambda layers: eqx.Partial(lambda f, z, x: 0.5 * jnp.tanh(f(z)) + x, layers)
+    deq = DEQ(cell(plain), solver=deqjax.Picard(1e-6, 1e-6))
+    z = deq(X)
+    np.testing.assert_allclose(z, deq.cell(z, X), rtol=1e-5)
+    mixed = eqx.nn.Sequential([linear, eqx.nn.Sequential([norm()])])
+    with pytest.raises(ValueError, match=r"layers\[1\].layers\[0\]` is a BatchNorm"):
+        DEQ(Holder([mixed]))
+    DEQ(Holder([eqx.nn.inference_mode(mixed)]))
 
 
 def test_batch_norm_is_allowed_in_inference_mode_and_checked_at_the_call():
@@ -130,7 +182,7 @@ def test_batch_norm_is_allowed_in_inference_mode_and_checked_at_the_call():
         (lambda: draw_options(RevDEQ(cell), jr.key(0)), "nothing to draw"),
         (lambda: draw_options(RevDEQ(cell), jr.key(0), steps=(5,)), "max_steps` = 4"),
         (lambda: draw_options(RevDEQ(cell), jr.key(0), steps=(0,)), "`steps`.*0"),
-        (lambda: unrolled(cell, 2), "no `deqjax.nn.DEQ`"),
+        (lambda: unrolled(cell, 2), "no equilibrium layer"),
         (lambda: unrolled(RevDEQ(cell), 0), "`num_steps`.*0"),
         (lambda: Pretraining(num_updates=0), "`num_updates`.*0"),
     ],

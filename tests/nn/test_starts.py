@@ -129,6 +129,8 @@ def test_gradients_of_streams_stop_between_frames_or_do_not(carry):
     [
         (lambda: DEQ(Cell(W), start=X), "`start` must be callable"),
         (lambda: LearnedStart((4,), batch_ndim=-1), "`batch_ndim`.*-1"),
+        (lambda: LearnedStart((4, -1)), "`shape`.*-1"),
+        (lambda: solve_stream(DEQ(Cell(W)), X[:0]), "at least one frame"),
         (lambda: NoisyStart(scale=-1.0), "`scale`.*-1"),
         (
             lambda: solve_stream(DEQ(Cell(W)), {"a": X, "b": X[:1]}),

@@ -33,11 +33,10 @@ def unrolled(p, args):
 
 
 def reversible(p, args):
-    z, states = p.z0, []
-    for steps in (1, 2, 2):
-        z = helpers.reversible(p.fn, z, args, steps, 0.5)
-        states.append(z)
-    return weighted(states)
+    # The companion is carried from point to point.
+    return weighted(
+        [helpers.reversible(p.fn, p.z0, args, steps, 0.5) for steps in (1, 3, 5)]
+    )
 
 
 @pytest.mark.parametrize("kind", ["unrolled", "reversible", "reversible by default"])
@@ -57,18 +56,23 @@ def test_values_and_gradients_are_exact_where_the_adjoint_is(kind, x64):
 @pytest.mark.parametrize(
     "adjoint", [deqjax.ImplicitAdjoint(deqjax.linear.GMRES(1e-12)), deqjax.JFBAdjoint()]
 )
-def test_under_other_adjoints_points_have_the_gradient_of_one_step(adjoint, x64):
+def test_under_other_adjoints_points_have_the_gradient_of_one_evaluation(adjoint, x64):
     """The stated rule, and the adjoint's own gradient for the solution."""
     p = helpers.problem("tanh")
     tight = deqjax.Picard(1e-13, 1e-13)
     run = lambda a: loss(p, a, max_steps=300, solver=tight, adjoint=adjoint)
     value, gradient = jax.jit(jax.value_and_grad(run))(p.args)
 
-    iterates = helpers.picard(p, 2)
+    iterates = helpers.picard(p, 3)
     z = helpers.settle(p)
 
     def points(args):
-        first, second = (weigh(p.fn(iterates[k], args)) for k in (0, 2))
+        # z_k, with the gradient of f(z_k).
+        held = [p.fn(iterates[k], args) for k in (1, 3)]
+        first, second = (
+            weigh(iterates[k] + f - jax.lax.stop_gradient(f))
+            for k, f in zip((1, 3), held, strict=True)
+        )
         return GAMMA**2 * first + GAMMA * second
 
     dense = helpers.dense(p)
@@ -76,6 +80,34 @@ def test_under_other_adjoints_points_have_the_gradient_of_one_step(adjoint, x64)
     want = jax.tree.map(jnp.add, jax.jit(jax.grad(points))(p.args), own)
     assert error(value, points(p.args) + weigh(z)) <= 1e-10
     assert error(gradient, want) <= 1e-9
+
+
+SOLVERS = {
+    "picard": (deqjax.Picard(None, None), deqjax.Picard(None, None)),
+    "damped, tested": (deqjax.Picard(beta=0.7), deqjax.Picard(None, None, beta=0.7)),
+    "reversible, tested": (deqjax.Reversible(), deqjax.Reversible(None, None)),
+    "anderson": (deqjax.Anderson(), deqjax.Anderson(None, None)),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m == "anderson" else m
+        for m in SOLVERS
+    ],
+)
+def test_points_are_the_iterates_of_the_solve_and_leave_it_as_it_is(name):
+    solver, untested = SOLVERS[name]
+    cell = lambda z, x, key=None: jnp.tanh(-1.5 * z + x)
+    x = jnp.linspace(-1, 1, 3)
+    points, sol = deqjax.nn.DEQ(cell, solver=solver, max_steps=6).iterates(x, at=(1, 4))
+    plain = deqjax.nn.DEQ(cell, solver=solver, max_steps=6).solve(x)
+    steps = deqjax.nn.DEQ(cell, solver=untested)
+    want = tuple(steps(x, max_steps=k) for k in (1, 4))
+    assert error((points, sol.value), (want, plain.value)) <= 1e-6
+    for statistic in ("num_steps", "num_evals", "max_steps"):
+        assert int(sol.stats[statistic]) == int(plain.stats[statistic])
 
 
 def test_a_layer_gives_its_iterates():

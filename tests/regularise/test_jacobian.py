@@ -166,6 +166,38 @@ def test_what_does_not_fit_is_refused_by_name(settings, words):
         jacobian_norm(lambda z, a: z, jnp.ones(2), key=jr.key(0), **settings)
 
 
+@pytest.mark.parametrize("norm", [jacobian_norm, jacobian_spectral_norm])
+def test_maps_and_states_that_do_not_fit_are_refused(norm):
+    pair = (jnp.ones((2, 3)), jnp.ones((3, 3)))
+    same, key = lambda z, a: z, jr.key(0)
+    with pytest.raises(ValueError, match=r"`fn` must return.*\(2, 3\).*\(3,\)"):
+        norm(lambda z, a: z[0], jnp.ones((2, 3)), key=key)
+    with pytest.raises(TypeError, match="`z` must be real.*int32"):
+        norm(same, jnp.ones(3, int), key=key)
+    with pytest.raises(ValueError, match="`batch_ndim=1`"):
+        norm(same, pair, key=key, batch_ndim=1)
+
+
+def test_the_variance_depends_on_the_side_of_the_probe():
+    j = jnp.array([[1.0, 1.0], [0.0, 0.0]])
+    draws = {
+        method: jax.vmap(
+            lambda key, method=method: jacobian_norm(
+                lambda z, a: j @ z,
+                jnp.ones(2),
+                key=key,
+                method=method,
+                probe="rademacher",
+            )
+        )(jr.split(jr.key(0), 1000))
+        for method in ("jvp", "vjp")
+    }
+    # ‖Jε‖²/2 is 0 or 2, ‖εᵀJ‖²/2 is 1.
+    np.testing.assert_allclose(jnp.mean(draws["jvp"]), 1, atol=0.1)
+    np.testing.assert_allclose(jnp.var(draws["jvp"]), 1, atol=0.1)
+    np.testing.assert_array_equal(draws["vjp"], 1)
+
+
 def test_a_power_iteration_takes_a_step_at_least():
     with pytest.raises(ValueError, match="`num_steps`.*0"):
         jacobian_spectral_norm(lambda z, a: z, jnp.ones(2), key=jr.key(0), num_steps=0)
