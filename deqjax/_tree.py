@@ -121,6 +121,19 @@ def scale(alpha: Reals, x: PyTree) -> PyTree:
     return jtu.tree_map(leaf, x)
 
 
+def magnitude(x: PyTree, batch_ndim: int = 0) -> Reals:
+    """A power of two per problem by which the largest |entry| is between 1 and 4.
+
+    1 where the largest entry is 0 or not finite. Scaling by it and back loses no digit.
+    Its reciprocal is a normal number: XLA flushes others to 0, and divides by them.
+    """
+    size = max_abs(x, batch_ndim)
+    info = jnp.finfo(size.dtype)
+    sound = (size >= info.tiny) & jnp.isfinite(size)
+    exponent = jnp.frexp(jnp.where(sound, size, 2))[1] - 2
+    return jnp.ldexp(jnp.ones_like(size), jnp.maximum(exponent, info.minexp))
+
+
 def subtract(x: PyTree, y: PyTree) -> PyTree:
     """x − y, each leaf in at least float32."""
 
