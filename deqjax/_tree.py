@@ -126,22 +126,14 @@ def scale(alpha: Reals, x: PyTree) -> PyTree:
 def magnitude(x: PyTree, batch_ndim: int = 0) -> Reals:
     """A power of two per problem by which the largest |entry| is between 1 and 4.
 
-    1 where the largest entry is 0 or not finite.
+    1 where the largest entry is 0 or not finite. Scaling by it and back loses no digit.
+    Its reciprocal is a normal number: XLA flushes others to 0, and divides by them.
     """
     size = max_abs(x, batch_ndim)
-    _, exponent = jnp.frexp(size)
-    unit = jnp.ldexp(jnp.ones_like(size), exponent - 2)
-    return jnp.where((size > 0) & jnp.isfinite(size), unit, 1)
-
-
-def divide(x: PyTree, by: Reals) -> PyTree:
-    """x / `by` per problem, in the dtype of x; 1 / `by` need not be representable."""
-
-    def leaf(a: Array) -> Array:
-        dtype = wide(a.dtype)
-        return (a.astype(dtype) / expand(by, a).astype(dtype)).astype(a.dtype)
-
-    return jtu.tree_map(leaf, x)
+    info = jnp.finfo(size.dtype)
+    sound = (size >= info.tiny) & jnp.isfinite(size)
+    exponent = jnp.frexp(jnp.where(sound, size, 2))[1] - 2
+    return jnp.ldexp(jnp.ones_like(size), jnp.maximum(exponent, info.minexp))
 
 
 def subtract(x: PyTree, y: PyTree) -> PyTree:

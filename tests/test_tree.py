@@ -116,3 +116,15 @@ def test_batch_shape_names_the_leaf_that_disagrees(other):
     x = {"first": jnp.ones((2, 3)), "second": jnp.ones(other)}
     with pytest.raises(ValueError, match=r"batch_ndim=1.*'second'"):
         _tree.batch_shape(x, 1)
+
+
+def test_magnitudes_are_powers_of_two_by_which_to_scale():
+    entries = [3.4e38, 1.0, -3.0, 2e-38, 1.2e-38, 1e-40, 0.0, np.inf, np.nan]
+    x = jnp.array(entries, jnp.float32)[:, None]
+    unit = jax.jit(lambda x: _tree.magnitude(x, 1))(x)
+    assert (np.frexp(unit)[0] == 0.5).all()
+    assert unit[5:].tolist() == [1, 1, 1, 1]
+    # By the reciprocal, which must not be flushed to 0, and exactly.
+    scaled = jax.jit(lambda x, unit: _tree.scale(1 / unit, x))(x, unit)[:5]
+    assert ((np.abs(scaled) >= 1) & (np.abs(scaled) < 4)).all()
+    assert (scaled * unit[:5, None] == x[:5]).all()

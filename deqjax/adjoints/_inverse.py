@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from .. import _tree
 from .._types import Reals
+from ..linear._base import AbstractIterative
 from ._forward_products import Linear
 
 
@@ -53,14 +54,14 @@ class AbstractInverse(eqx.Module):
         k = self.batch_ndim
         # Of size 1 per problem: neither squares nor what solvers take for 0 are lost.
         unit = _tree.magnitude(rhs, k)
-        scaled = _tree.divide(rhs, unit)
+        scaled = _tree.scale(1 / unit, rhs)
         value, known = self.approximate(operator, scaled, unit, transposed)
         entries: dict[str, Any] = {}
         if measure:
             entries = {**measured(operator, value, scaled, k, known, unit), **known}
         value = _tree.scale(unit, value)
         finite = _tree.all_finite(value, k)
-        if "converged" in entries:
+        if entries.get("converged") is not None:
             entries["converged"] = entries["converged"] & finite
         if self.shields:
             usable = _tree.all_finite(rhs, k)
@@ -94,7 +95,7 @@ class LinearSolve(AbstractInverse):
         zero, usable = _tree.max_abs(rhs, k) == 0, _tree.all_finite(rhs, k)
         options = {}
         if transposed and self.initial is not None:
-            start = _tree.divide(self.initial, unit)
+            start = _tree.scale(1 / unit, self.initial)
             fits = _tree.all_finite(start, k) & ~zero
             options["y0"] = _tree.where(fits, start, _tree.zeros_like(start))
         sol = lx.linear_solve(
@@ -112,6 +113,10 @@ class LinearSolve(AbstractInverse):
         finite = _tree.all_finite(value, k)
         converged = sol.stats.get("converged", sol.result == lx.RESULTS.successful)
         converged = zero | (converged & finite)
+        # Of a fixed number of terms nobody knows.
+        tested = "converged" in sol.stats or not isinstance(
+            self.solver, AbstractIterative
+        )
         nan = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), value)
         # Nothing can be said for a problem whose solution is not finite; but what was
         # not finite to begin with, a loss say, is not to be hidden.
@@ -123,7 +128,7 @@ class LinearSolve(AbstractInverse):
         known = {
             "residual": sol.stats.get("residual"),
             "num_products": sol.stats.get("num_products"),
-            "converged": converged,
+            "converged": converged if tested else None,
         }
         return value, known
 

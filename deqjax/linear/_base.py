@@ -14,6 +14,13 @@ from jaxtyping import Array, PyTree
 from .. import _tree
 from .._checks import check_count
 from .._types import Flags, Reals
+from ._options import (
+    as_arrays,
+    check_preconditioner,
+    check_start,
+    check_tolerance,
+    shapes,
+)
 
 Linear = Callable[[PyTree], PyTree]
 
@@ -21,29 +28,29 @@ _DEFAULT_RTOL = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-5, "float64": 
 
 
 class System(eqx.Module):
-    """A x = b with ‖b‖ = 1 per system, in at least float32.
+    """A x = b per system, scaled and in at least float32.
 
     Attributes:
         product: v ↦ A v, around products in the operator's own dtype.
         precondition: v ↦ M v, M ≈ A⁻¹.
-        b: the right-hand side; 0 for trivial systems.
+        b: the right-hand side, its largest entry in [1, 4); 0 for trivial systems.
+        size: ‖b‖; 1 for trivial systems.
         guess: the start.
         at_zero: whether the start is known to be 0.
         tol: on ‖b − A x‖.
         trivial: b is 0, or not finite: there is nothing to iterate.
         bad: b is not finite.
-        dimension: number of unknowns of all systems together.
     """
 
     product: Linear
     precondition: Linear
     b: PyTree
+    size: Reals
     guess: PyTree
     at_zero: bool
     tol: Reals
     trivial: Flags
     bad: Flags
-    dimension: int
 
 
 class Outcome(eqx.Module):
@@ -88,18 +95,29 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> lx.AbstractLinearOperator:
-        name = type(self).__name__
+        name, structure = type(self).__name__, operator.in_structure()
         if operator.in_size() != operator.out_size():
             raise ValueError(
                 f"`{name}` needs a square operator; got one from size "
                 f"{operator.in_size()} to size {operator.out_size()}."
             )
-        for leaf in jtu.tree_leaves(operator.in_structure()):
+        if shapes(structure) != shapes(operator.out_structure()):
+            raise ValueError(
+                f"`{name}` needs an operator whose images have the structure and the "
+                f"shapes of its arguments; got one from {structure} to "
+                f"{operator.out_structure()}."
+            )
+        for leaf in jtu.tree_leaves(structure):
             if leaf.dtype.name not in _DEFAULT_RTOL:
                 raise TypeError(
                     f"`{name}` solves real systems in {', '.join(_DEFAULT_RTOL)}; got "
                     f"{leaf.dtype}."
                 )
+        batch = _tree.batch_shape(structure, self.batch_ndim)
+        check_tolerance("rtol", 0.0 if self.rtol is None else self.rtol, batch)
+        check_tolerance("atol", self.atol, batch)
+        check_preconditioner(options, structure)
+        check_start(options, structure)
         return lx.linearise(operator)
 
     def transpose(
@@ -129,20 +147,19 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         dtypes = jtu.tree_map(lambda leaf: leaf.dtype, state.in_structure())
         preconditioner = options.get("preconditioner")
 
-        # Scale b to norm 1. First by its largest entry: squares of small ones vanish.
+        # Squares of small entries would vanish, those of large ones overflow. Scaled by
+        # powers of two, the x returned is exactly the one whose residual is known.
         b = jtu.tree_map(lambda leaf: leaf.astype(_tree.wide(leaf.dtype)), vector)
         largest = _tree.max_abs(b, k)
         bad = ~jnp.isfinite(largest)
-        safe = jnp.where((largest > 0) & ~bad, largest, 1)
-        b = _tree.where(bad, _tree.zeros_like(b), _tree.scale(1 / safe, b))
-        size = _tree.norm(b, k)
-        b = _tree.scale(1 / jnp.where(size > 0, size, 1), b)
-        size = size * safe
-        unit = jnp.where(size > 0, size, 1)
+        trivial = bad | (largest < jnp.finfo(largest.dtype).tiny)
+        unit = _tree.magnitude(b, k)
+        b = _tree.where(trivial, _tree.zeros_like(b), _tree.scale(1 / unit, b))
+        size = jnp.where(trivial, 1, _tree.norm(b, k))
 
         guess, start = _tree.zeros_like(b), options.get("y0")
         if start is not None:
-            start = jtu.tree_map(lambda x, y: x.astype(y.dtype), start, b)
+            start = jtu.tree_map(lambda x, y: x.astype(y.dtype), as_arrays(start), b)
             start = _tree.scale(1 / unit, start)
             # A start that is not finite, from a solve that failed say, is none.
             guess = _tree.where(_tree.all_finite(start, k), start, guess)
@@ -152,35 +169,41 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
                 v if preconditioner is None else _widened(preconditioner)(v)
             ),
             b=b,
+            size=size,
             guess=guess,
             at_zero=start is None,
-            tol=jnp.where(size > 0, self._rtol(vector) + self.atol / unit, 0),
-            trivial=(size == 0) | bad,
+            tol=self._rtol(vector, size.dtype) * size
+            + jnp.asarray(self.atol, size.dtype) / unit,
+            trivial=trivial,
             bad=bad,
-            dimension=state.in_size(),
         )
         final = self.iterate(system)
 
-        solution = _tree.scale(jnp.where(system.trivial, 0, size), final.solution)
-        solution = _tree.where(bad, _tree.scale(largest * jnp.nan, b), solution)
+        solution = _tree.scale(jnp.where(trivial, 0, unit), final.solution)
+        solution = _tree.scale(jnp.where(bad, jnp.nan, 1), solution)
         solution = jtu.tree_map(lambda x, d: x.astype(d), solution, dtypes)
-        converged = final.converged & ~bad
+        # What has been found may still be beyond the range of the dtype.
+        finite = _tree.all_finite(solution, k)
+        converged = final.converged & finite
+        final = eqx.tree_at(lambda f: f.failed, final, final.failed | ~finite)
         stats: dict[str, Any] = {
             "num_products": final.products,
             "max_steps": self.most_products,
-            "converged": converged,
         }
         if final.residual is not None:
-            relative = jnp.where(system.trivial, 0, final.residual)
-            stats["residual"] = jnp.where(bad, jnp.nan, relative * size)
-            stats["relative_residual"] = jnp.where(bad, jnp.nan, relative)
+            residual = jnp.where(trivial, 0, final.residual)
+            residual = jnp.where(finite, residual, jnp.where(bad, jnp.nan, jnp.inf))
+            stats["residual"] = residual * unit
+            stats["relative_residual"] = residual / size
+            stats["converged"] = converged
         return solution, _result(converged, final, bad), stats
 
-    def _rtol(self, vector: PyTree) -> Any:
-        if self.rtol is not None:
-            return self.rtol
-        names = [leaf.dtype.name for leaf in jtu.tree_leaves(vector)]
-        return max((_DEFAULT_RTOL[name] for name in names), default=1e-5)
+    def _rtol(self, vector: PyTree, dtype: Any) -> Reals:
+        rtol = self.rtol
+        if rtol is None:
+            names = [leaf.dtype.name for leaf in jtu.tree_leaves(vector)]
+            rtol = max((_DEFAULT_RTOL[name] for name in names), default=1e-5)
+        return jnp.asarray(rtol, dtype)
 
 
 def widened(linear: Linear, structure: PyTree) -> Linear:

@@ -35,27 +35,33 @@ class GMRES(AbstractIterative):
     | $r_0 = b - A x_0$ | residual of the start, x₀ = 0 unless given |
 
     The norm ‖b − A x‖ is known after each product from the Givens rotations that keep
-    the Hessenberg matrix triangular, at no further product; where x is so large that
-    rounding errors could hide a larger one, it is computed. The basis is
-    orthogonalised twice (classical Gram–Schmidt), in at least float32 around products
-    of any dtype. The right-hand side is scaled to norm 1 per problem and the solution
-    scaled back, so that neither a tiny nor a huge b is lost; b = 0 gives x = 0 after
-    no product.
+    the Hessenberg matrix triangular, at no further product. Where x is so large that
+    the rounding errors of A x, of the order of ε ‖A‖ ‖x‖ for the precision ε, may be
+    above the tolerance, this is not believed: one more product computes the residual,
+    and only that one counts. A start with a larger residual than that of 0 is given up
+    for 0, and what is returned is never worse than 0 as far as rounding errors tell.
 
-    **Cost:** one product per step, and one more per restart for the true residual.
-    **Memory:** `restart` + 5 copies of b in at least float32, and (`restart` + 1)²
-    numbers per system.
+    The basis is orthogonalised twice (classical Gram–Schmidt), in at least float32
+    around products of any dtype (whose own errors, where they are made in half
+    precision, are not counted). The right-hand side is scaled by a power of two per
+    problem, so that neither a tiny nor a huge b is lost (subnormal numbers count as 0);
+    b = 0 gives x = 0 after no product.
+
+    **Cost:** one product per step, and one more per restart, and where the residual is
+    in doubt, for the true one. **Memory:** `restart` + 5 copies of b in at least
+    float32, and about 4 (`restart` + 1)² numbers per system.
 
     **Converges** for any nonsingular A once `restart` reaches the dimension; in
     practice in few products where A = I − J with J of small norm or few large
     eigenvalues. **Fails** visibly: `lineax.RESULTS.breakdown` (singular on the Krylov
-    space, or a product that is not finite), `stagnation` (a whole cycle gained less
-    than 0.1%), `max_steps_reached`, `nonfinite_input`.
+    space, or a product or an x that is not finite), `stagnation` (a whole cycle gained
+    less than 0.1%, or less than half where only rounding errors are left),
+    `max_steps_reached`, `nonfinite_input`.
 
     Args:
-        rtol: relative tolerance; None: by dtype of b (float16 and bfloat16 1e-2,
-            float32 1e-5, float64 1e-8).
-        atol: absolute tolerance.
+        rtol: relative tolerance, one or one per system; None: by dtype of b (float16
+            and bfloat16 1e-2, float32 1e-5, float64 1e-8).
+        atol: absolute tolerance, one or one per system.
         restart: products between restarts.
         max_steps: most products in all; None: 20 × `restart`.
         batch_ndim: number of leading axes of b that index independent systems;
@@ -63,12 +69,14 @@ class GMRES(AbstractIterative):
 
     Returns:
         By `lineax.linear_solve`. `stats` has `num_products` (), and, in the batch's
-        shape, `residual` ‖b − A x‖₂, `relative_residual` and `converged`. In `options`,
-        `y0` is the start and `preconditioner` a linear operator M ≈ A⁻¹, applied
-        from the right (so that the residual tested is that of the given system).
+        shape, `residual` ‖b − A x‖₂ of the x returned (or its rounding errors, where
+        they are larger), `relative_residual` and `converged`. In `options`, `y0` is the
+        start and `preconditioner` a linear operator M ≈ A⁻¹, applied from the right
+        (so that the residual tested is that of the given system).
 
     Raises:
-        ValueError, TypeError: if an argument is not valid, or A is not square and real.
+        ValueError, TypeError: if an argument or an option is not valid, or A is not
+            square and real.
 
     Example:
         >>> import deqjax, jax.numpy as jnp, lineax as lx
@@ -100,7 +108,7 @@ class GMRES(AbstractIterative):
     def iterate(self, system: System) -> Outcome:
         k = self.batch_ndim
         cycles = Cycles(k)
-        cycle = min(self.restart, max(system.dimension, 1))
+        cycle = min(self.restart, max(_tree.size(system.b, k), 1))
         max_steps = self.most_products
 
         def go_on(val: _Carry) -> Array:
@@ -126,12 +134,15 @@ class GMRES(AbstractIterative):
             column, rest = orthogonalise(basis, carry.krylov.index, image, k)
             carry, factor = lax.cond(
                 opening,
-                ft.partial(cycles.open, system.tol),
-                ft.partial(cycles.extend, system.tol),
+                ft.partial(cycles.open, system),
+                ft.partial(cycles.extend, system),
                 carry,
                 column,
                 _tree.norm(rest, k),
             )
+            if not system.at_zero:
+                # The residual of 0, for what was to start elsewhere.
+                rest = _tree.where(opening & carry.krylov.fresh, system.b, rest)
             new = _tree.where(
                 factor > 0, _tree.scale(factor, rest), _tree.zeros_like(rest)
             )
@@ -142,7 +153,7 @@ class GMRES(AbstractIterative):
             )
             carry, solution = lax.cond(
                 last,
-                ft.partial(cycles.close, system.precondition, system.tol),
+                ft.partial(cycles.close, system),
                 lambda carry, solution, _: (carry, solution),
                 carry,
                 solution,

@@ -1,7 +1,5 @@
 """The restart cycles of GMRES, for independent systems in step with one another."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,11 @@ from .._types import Counts, Flags, Reals
 from ._base import System
 from ._basis import Rings, combine, write, zeros
 
-# A cycle that leaves more than this part of the residual has stagnated.
-_STAGNATION = 0.999
-# An x whose image has rounding errors of more than this part of b solves nothing.
+# A cycle that leaves more than this part of the residual has stagnated; one that was
+# in doubt, since what is left after it is made of rounding errors.
+_STAGNATION, _DOUBTFUL_STAGNATION = 0.999, 0.5
+# An x whose image has rounding errors of more than this part of b, or of what is left
+# of it, is not believed.
 _LOST = 0.1
 
 
@@ -31,6 +31,7 @@ class Krylov(eqx.Module):
         triangle: R, (*batch, m+1, m).
         size: ‖r₀‖ of the cycle.
         used: columns that count for each problem.
+        fresh: whether it starts from 0, and not from the solution so far.
     """
 
     index: Array
@@ -38,12 +39,25 @@ class Krylov(eqx.Module):
     triangle: Array
     size: Reals
     used: Counts
+    fresh: Flags
 
 
 class Progress(eqx.Module):
+    """What is known after a number of products.
+
+    Attributes:
+        residual: ‖b − A x‖ of the x that would be returned.
+        before: ‖r₀‖ of the last cycle.
+        gain: the largest ‖A v‖ seen for a v of norm 1.
+        doubtful: the rounding errors of the last cycle may exceed what it left.
+        products: made so far.
+    """
+
     krylov: Krylov
     residual: Reals
     before: Reals
+    gain: Reals
+    doubtful: Flags
     converged: Flags
     failed: Flags
     stuck: Flags
@@ -57,10 +71,8 @@ class Cycles(eqx.Module):
 
     def begin(self, system: System, cycle: int) -> tuple[Progress, Rings]:
         trivial, b, at_zero = system.trivial, system.b, system.at_zero
-        shape = trivial.shape
-        one = jnp.ones_like(_tree.norm(b, self.batch_ndim))
-        dtype = one.dtype
-        first = _tree.where(trivial, _tree.zeros_like(b), b)
+        shape, dtype = trivial.shape, system.size.dtype
+        first = _tree.scale(1 / system.size, b)
         basis = zeros(first, cycle, self.batch_ndim)
         if at_zero:
             # The residual of 0 is b: no product is needed to open the first cycle.
@@ -72,13 +84,16 @@ class Cycles(eqx.Module):
             index=jnp.array(0 if at_zero else -1, jnp.int32),
             rotations=eye,
             triangle=jnp.zeros((*shape, cycle + 1, cycle), dtype),
-            size=one,
+            size=system.size,
             used=jnp.zeros_like(trivial, dtype=jnp.int32),
+            fresh=jnp.zeros_like(trivial),
         )
         progress = Progress(
             krylov=krylov,
-            residual=one,
-            before=jnp.full_like(one, jnp.inf),
+            residual=system.size,
+            before=jnp.full_like(system.size, jnp.inf),
+            gain=jnp.zeros_like(system.size),
+            doubtful=jnp.zeros_like(trivial),
             converged=trivial & ~system.bad,
             failed=system.bad,
             stuck=jnp.zeros_like(trivial),
@@ -87,15 +102,22 @@ class Cycles(eqx.Module):
         return progress, basis
 
     def open(
-        self, tol: Reals, carry: Progress, column: Array, size: Reals
+        self, system: System, carry: Progress, column: Array, size: Reals
     ) -> tuple[Progress, Reals]:
-        """Begin a cycle from a residual of that size; the factor that makes it 1."""
+        """Begin a cycle from a residual of that size; the factor that makes it 1.
+
+        An x with ‖b − A x‖ > ‖b‖, or not finite, is worse than 0, and given up for it:
+        the very start to go on from there, a later x as a failure.
+        """
         pending = ~(carry.converged | carry.failed)
+        worse = pending & ~(size <= system.size)
         finite = jnp.isfinite(size)
+        size = jnp.where(worse, system.size, size)
         # Only b, and what came before, say how far a cycle has got.
-        done = pending & finite & (size <= tol)
-        stuck = pending & finite & ~done & (size > _STAGNATION * carry.before)
-        lost = stuck | (pending & ~finite)
+        done = pending & (size <= system.tol)
+        least = jnp.where(carry.doubtful, _DOUBTFUL_STAGNATION, _STAGNATION)
+        stuck = pending & finite & ~done & (size > least * carry.before)
+        lost = stuck | (worse & ~done & (carry.products > 0))
         live = pending & ~done & ~lost
         krylov = carry.krylov
         eye = jnp.eye(krylov.rotations.shape[-1], dtype=krylov.rotations.dtype)
@@ -105,11 +127,14 @@ class Cycles(eqx.Module):
             triangle=jnp.zeros_like(krylov.triangle),
             size=jnp.where(live, size, krylov.size),
             used=jnp.zeros_like(krylov.used),
+            fresh=worse,
         )
         carry = Progress(
             krylov=krylov,
-            residual=jnp.where(pending & finite, size, carry.residual),
+            residual=jnp.where(pending, size, carry.residual),
             before=jnp.where(live, size, carry.before),
+            gain=carry.gain,
+            doubtful=carry.doubtful & ~pending,
             converged=carry.converged | done,
             failed=carry.failed | lost,
             stuck=carry.stuck | stuck,
@@ -118,7 +143,7 @@ class Cycles(eqx.Module):
         return carry, jnp.where(live, 1 / jnp.where(live, size, 1), 0)
 
     def extend(
-        self, tol: Reals, carry: Progress, column: Array, height: Reals
+        self, system: System, carry: Progress, column: Array, height: Reals
     ) -> tuple[Progress, Reals]:
         """Rotate the column of A v_j into R; the factor that what remains takes."""
         krylov, j = carry.krylov, carry.krylov.index
@@ -127,6 +152,7 @@ class Cycles(eqx.Module):
         eps = jnp.finfo(height.dtype).eps
         height = jnp.where(height > 10 * eps * scale, height, 0)
         finite = jnp.isfinite(scale)
+        gain = jnp.where(pending & finite, jnp.maximum(carry.gain, scale), carry.gain)
 
         # Rows 0 … j of Q h, then the rotation that clears row j + 1.
         width = column.shape[-1]
@@ -147,16 +173,18 @@ class Cycles(eqx.Module):
         triangle = krylov.triangle.at[..., :, j].set(new)
 
         residual = krylov.size * jnp.abs(jnp.take(rotations, j + 1, axis=-2)[..., 0])
-        # Nearly singular: the residual is small on paper, for an x that is too large.
+        # Singular: nothing new to combine. Nearly so: the residual is small on paper,
+        # for an x that is too large.
         weight = krylov.size * jnp.abs(upper_row[..., 0])
-        useless = eps * scale * weight > _LOST * length
-        done = pending & finite & ~useless & (residual <= tol)
+        swamped = eps * gain * weight > _LOST * system.size * length
+        useless = (length == 0) | swamped
+        done = pending & finite & ~useless & (residual <= system.tol)
         # A v_j lies in the span of the basis: no further vector, and if the residual
         # is not small, then A is singular on this space.
         broken = pending & finite & (useless | (height == 0)) & ~done
         lost = broken | (pending & ~finite)
         live = pending & ~done & ~lost
-        counts = pending & finite & ~useless & (length > 0)
+        counts = pending & finite & ~useless
         keep = _tree.expand(pending & finite, rotations)
         krylov = Krylov(
             index=j + 1,
@@ -164,11 +192,14 @@ class Cycles(eqx.Module):
             triangle=jnp.where(keep, triangle, krylov.triangle),
             size=krylov.size,
             used=jnp.where(counts, j + 1, krylov.used),
+            fresh=krylov.fresh,
         )
         carry = Progress(
             krylov=krylov,
             residual=jnp.where(counts, residual, carry.residual),
             before=carry.before,
+            gain=gain,
+            doubtful=carry.doubtful,
             converged=carry.converged | done,
             failed=carry.failed | lost,
             stuck=carry.stuck,
@@ -178,47 +209,90 @@ class Cycles(eqx.Module):
 
     def close(
         self,
-        precondition: Any,
-        tol: Reals,
+        system: System,
         carry: Progress,
         solution: PyTree,
         basis: Rings,
     ) -> tuple[Progress, PyTree]:
         """End a cycle: x ← x + M V y with R y = Q ‖r₀‖ e₁.
 
-        Where the rounding errors of A V y may exceed the tolerance, the residual by
-        recurrence does not count: another cycle begins with the true one.
+        Where the rounding errors of A x may exceed the tolerance, or be most of what
+        the recurrence says is left, it does not count: another cycle begins with the
+        true residual. They are of the order of ε ‖A‖ ‖x‖ for the whole of x, however
+        small the part of it that this cycle has added.
         """
-        krylov = carry.krylov
-        size = krylov.triangle.shape[-1]
-        column = jnp.arange(size, dtype=krylov.used.dtype)
-        used = column < krylov.used[..., None]
-        diagonal = jnp.eye(size, dtype=krylov.triangle.dtype)
-        keep = used[..., None, :] & used[..., :, None]
-        matrix = jnp.where(keep, krylov.triangle[..., :size, :], diagonal)
-        rhs = jnp.where(used, krylov.rotations[..., :size, 0], 0)
-        rhs = rhs * krylov.size[..., None]
-        y = jax.scipy.linalg.solve_triangular(matrix, rhs[..., None])[..., 0]
-        columns = jnp.sum(jnp.where(keep, matrix, 0) ** 2, -2)
-        error = jnp.sqrt(jnp.max(columns, -1) * jnp.sum(y * y, -1))
-        error = jnp.finfo(y.dtype).eps * error
-        doubtful = error > tol
-
-        step = precondition(combine(basis, y, solution, self.batch_ndim))
+        krylov, tol, k = carry.krylov, system.tol, self.batch_ndim
+        rounding = jnp.finfo(tol.dtype).eps * carry.gain
+        y, residual, trusted = _combination(krylov, rounding, tol)
+        step = system.precondition(combine(basis, y, solution, k))
         moved = krylov.used > 0
-        new = jtu.tree_map(lambda x, d: x + d.astype(x.dtype), solution, step)
-        solution = _tree.where(moved, new, solution)
-        residual = jnp.where(
-            moved & doubtful, jnp.maximum(carry.residual, error), carry.residual
+
+        def add(x: Array, d: Array) -> Array:
+            x = jnp.where(_tree.expand(krylov.fresh, x), 0, x)
+            return x + jnp.where(_tree.expand(moved, d), d, 0).astype(x.dtype)
+
+        solution = jtu.tree_map(add, solution, step)
+        # ‖A M‖ is what the basis tells of ‖A‖; M changes lengths.
+        length, stretched = jnp.sqrt(jnp.sum(y * y, -1)), _tree.norm(step, k)
+        whole = (
+            length / jnp.where(stretched > 0, stretched, 1) * _tree.norm(solution, k)
         )
+        error = rounding * jnp.maximum(whole, length)
+        trusted = trusted & (error <= jnp.maximum(tol, _LOST * residual))
+        doubtful = moved & ~trusted
+        # What the recurrence says, unless it is less than can be known.
+        residual = jnp.maximum(residual, error)
         carry = eqx.tree_at(
-            lambda c: (c.residual, c.converged, c.krylov.index, c.krylov.used),
+            lambda c: (
+                c.residual,
+                c.doubtful,
+                c.converged,
+                c.failed,
+                c.krylov.index,
+                c.krylov.used,
+            ),
             carry,
             (
-                residual,
-                carry.converged & ~(moved & doubtful),
+                jnp.where(moved, residual, carry.residual),
+                carry.doubtful | doubtful,
+                carry.converged & ~doubtful,
+                carry.failed & ~doubtful,
                 jnp.full_like(krylov.index, -1),
                 jnp.zeros_like(krylov.used),
             ),
         )
         return carry, solution
+
+
+def _combination(
+    krylov: Krylov, rounding: Reals, tol: Reals
+) -> tuple[Array, Reals, Flags]:
+    """The y of R y = Q ‖r₀‖ e₁, what it leaves by recurrence, whether that is believed.
+
+    In a space on which A is nearly singular the y of fewer columns, smaller, leaves
+    less once its rounding errors are counted: then it is taken.
+    """
+    m = krylov.triangle.shape[-1]
+    used = jnp.arange(m, dtype=krylov.used.dtype) < krylov.used[..., None]
+    keep = used[..., None, :] & used[..., :, None]
+    eye = jnp.eye(m, dtype=krylov.triangle.dtype)
+    matrix = jnp.where(keep, krylov.triangle[..., :m, :], eye)
+    rotated = krylov.size[..., None] * krylov.rotations[..., :, 0]
+    # R⁻¹ is triangular: the y of j columns is the sum of j columns of R⁻¹ diag(rhs).
+    rhs = jnp.where(used, rotated[..., :m], 0)
+    terms = jax.scipy.linalg.solve_triangular(matrix, rhs[..., None, :] * eye)
+    sums = jnp.cumsum(terms, -1)
+    none = jnp.zeros_like(krylov.size)[..., None]
+    errors = rounding[..., None] * jnp.sqrt(jnp.sum(sums * sums, -2))
+    errors = jnp.concatenate([none, errors], -1)
+    left = jnp.sqrt(jnp.cumsum((rotated * rotated)[..., ::-1], -1))[..., ::-1]
+
+    at = lambda x, j: jnp.take_along_axis(x, j[..., None], -1)[..., 0]
+    total = jnp.where(jnp.isfinite(errors), left + errors, jnp.inf)
+    bound = jnp.maximum(tol, _LOST * at(left, krylov.used))
+    trusted = at(errors, krylov.used) <= bound
+    count = jnp.where(
+        trusted, krylov.used, jnp.argmin(total, -1).astype(krylov.used.dtype)
+    )
+    y = at(sums, jnp.broadcast_to(jnp.maximum(count - 1, 0)[..., None], rhs.shape))
+    return jnp.where((count > 0)[..., None], y, 0), at(left, count), trusted

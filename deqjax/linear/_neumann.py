@@ -39,9 +39,10 @@ class Neumann(AbstractIterative):
     | $\beta$ | damping; 1 is the plain series |
 
     Stops at the first product with ‖b − A x‖₂ ≤ atol + rtol ‖b‖₂ and returns that x;
-    if there is none, the x of smallest residual. Arithmetic is in at least float32
-    around products of any dtype, and b is scaled to norm 1 per problem; b = 0 gives
-    x = 0 after no product.
+    if there is none, the x of smallest residual. A start with a larger residual than
+    that of 0 is given up for 0. Arithmetic is in at least float32 around products of
+    any dtype, and b is scaled by a power of two per problem; b = 0 gives x = 0 after
+    no product.
 
     **Cost:** one product per term after the first. **Memory:** 5 copies of b, whatever
     the number of terms. Takes more products than `GMRES` for the same tolerance.
@@ -52,13 +53,14 @@ class Neumann(AbstractIterative):
     A = J − I has the wrong sign for it.
 
     Args:
-        rtol: relative tolerance; None: by dtype of b (float16 and bfloat16 1e-2,
-            float32 1e-5, float64 1e-8).
-        atol: absolute tolerance.
+        rtol: relative tolerance, one or one per system; None: by dtype of b (float16
+            and bfloat16 1e-2, float32 1e-5, float64 1e-8).
+        atol: absolute tolerance, one or one per system.
         beta: damping, 0 < beta < 2.
         max_steps: most products.
-        num_terms: if given, take this many terms and test nothing: `stats` then has
-            no residual, and the result is successful if x is finite.
+        num_terms: if given, take this many terms and test nothing: `stats` then says
+            neither a residual nor `converged`, and the result is successful if x is
+            finite.
         batch_ndim: number of leading axes of b that index independent systems;
             each has its own norm, test and statistics.
 
@@ -67,7 +69,8 @@ class Neumann(AbstractIterative):
         preconditioner M makes it x ← x + β M (b − A x).
 
     Raises:
-        ValueError, TypeError: if an argument is not valid, or A is not square and real.
+        ValueError, TypeError: if an argument or an option is not valid, or A is not
+            square and real.
 
     Example:
         >>> import deqjax, jax.numpy as jnp, lineax as lx
@@ -94,6 +97,10 @@ class Neumann(AbstractIterative):
         check_count("max_steps", self.max_steps, 1)
         if self.num_terms is not None:
             check_count("num_terms", self.num_terms, 1)
+        if isinstance(self.beta, Array) and self.beta.ndim > 0:
+            raise ValueError(
+                f"`beta` must be one number; got an array of shape {self.beta.shape}."
+            )
 
     @property
     def most_products(self) -> int:
@@ -117,13 +124,13 @@ class Neumann(AbstractIterative):
 
     def _until(self, system: System, correct: Callable) -> Outcome:
         b, k = system.b, self.batch_ndim
-        first = correct(system.guess, b) if system.at_zero else system.guess
+        zero = _tree.zeros_like(b)
+        first = correct(zero, b) if system.at_zero else system.guess
         # The residual of 0 is b; that of another start is yet to be seen.
-        known = 1.0 if system.at_zero else jnp.inf
         carry = _Progress(
             next=first,
-            best=system.guess,
-            residual=jnp.full_like(_tree.norm(b, k), known),
+            best=zero,
+            residual=system.size,
             converged=system.trivial & ~system.bad,
             failed=system.bad,
             products=jnp.array(0, jnp.int32),
@@ -137,6 +144,11 @@ class Neumann(AbstractIterative):
             x = carry.next
             r = _tree.subtract(b, system.product(x))
             size = _tree.norm(r, k)
+            if not system.at_zero:
+                # A start that is worse than 0 is given up for it.
+                worse = (carry.products == 0) & ~(size <= system.size)
+                x, r = _tree.where(worse, (zero, b), (x, r))
+                size = jnp.where(worse, system.size, size)
             pending = ~(carry.converged | carry.failed)
             finite = jnp.isfinite(size)
             better = pending & finite & (size < carry.residual)

@@ -14,29 +14,32 @@ from tests.helpers import error, problem
 SOLVER = deqjax.Picard(1e-14, 1e-14)
 
 
-def temporary(adjoint, n):
-    """The compiler's count of bytes for the gradient of a solve with n unknowns."""
+def temporary(adjoint, shape):
+    """The compiler's count of bytes for the gradient; a row is a problem of its own."""
 
     def run(a):
         sol = deqjax.fixed_point(
-            lambda z, a: jnp.tanh(0.5 * jnp.roll(z, 1) * a + a),
-            jnp.zeros(n),
+            lambda z, a: jnp.tanh(0.5 * jnp.roll(z, 1, -1) * a + a),
+            jnp.zeros(shape),
             a,
-            solver=deqjax.Picard(),
+            solver=deqjax.Picard(batch_ndim=len(shape) - 1),
             adjoint=adjoint,
         )
         return jnp.sum(sol.value**2)
 
-    compiled = jax.jit(jax.grad(run)).lower(jnp.ones(n)).compile()
+    compiled = jax.jit(jax.grad(run)).lower(jnp.ones(shape)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("restart", [4, 12, 20])
-def test_memory_beyond_one_linearisation(restart):
-    n = 1 << 15
-    one = temporary(deqjax.JFBAdjoint(), n)
-    more = temporary(deqjax.ImplicitAdjoint(GMRES(restart=restart)), n) - one
-    assert more <= (restart + 5) * 4 * n
+@pytest.mark.parametrize(
+    ("restart", "shape"),
+    [(4, (1 << 15,)), (12, (1 << 15,)), (20, (1 << 15,)), (12, (32, 1 << 10))],
+)
+def test_memory_beyond_one_linearisation(restart, shape):
+    one = temporary(deqjax.JFBAdjoint(), shape)
+    solver = GMRES(restart=restart, batch_ndim=len(shape) - 1)
+    more = temporary(deqjax.ImplicitAdjoint(solver), shape) - one
+    assert more <= (restart + 5) * 4 * (1 << 15)
 
 
 @pytest.mark.parametrize("kind", ["tree", "aux"])
