@@ -78,7 +78,7 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
         linear_solver: any lineax solver; by default `deqjax.linear.GMRES()`. One of
             `deqjax.linear` takes over the `batch_ndim` of the forward solver.
         initial: where the linear solve of a backward pass starts, like z*: the λ of an
-            earlier one, say (see below). For solvers that take a start; it changes the
+            earlier one, say (see above). For solvers that take a start; it changes the
             number of products, not the answer.
         probe: a `BackwardStats` whose gradient is the record of the backward pass.
         on_failure: what a linear solve that failed returns for the problems that did:
@@ -326,7 +326,7 @@ def _tangents(
         z, d, a, p = v
         a = jtu.tree_map(jnp.subtract, a, push_aux((z, d)))
         out = (push((z, d)), d, a, p)
-        # For the derivative of this derivative, by the same rule as `origin` below.
+        # For the derivative of this derivative, for the same reason as `_joined`.
         one = 1 + _linear_zero(point)
         return jtu.tree_map(lambda x: x * one.astype(x.dtype), out)
 

@@ -137,7 +137,7 @@ class MDEQCell(eqx.Module):
     References:
         S. Bai, V. Koltun, J. Z. Kolter (2020), Multiscale deep equilibrium models,
         doi:10.48550/arXiv.2006.08656.
-    """  # noqa: E501
+    """  # noqa: E501 (a row of the table cannot be broken)
 
     blocks: tuple[_Block, ...]
     fusions: tuple[tuple[_Down | _Up | None, ...], ...]

@@ -197,7 +197,7 @@ class MonotoneClassifier(eqx.Module):
     References:
         E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
         doi:10.48550/arXiv.2006.08591.
-    """  # noqa: E501
+    """  # noqa: E501 (a row of the table cannot be broken)
 
     layer: MonotoneDEQ
     head: eqx.nn.Linear
@@ -215,6 +215,7 @@ class MonotoneClassifier(eqx.Module):
         check_sizes(num_classes=num_classes, pool=pool)
         self.layer = layer
         self.pool = pool
+        # Every operator has a U with a weight, a linear layer or a convolution.
         weight = layer.operator.U.weight  # pyright: ignore[reportAttributeAccessIssue]
         example = jax.ShapeDtypeStruct((1, *shape), weight.dtype)
         features = eqx.filter_eval_shape(

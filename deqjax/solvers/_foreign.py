@@ -145,6 +145,7 @@ class Foreign(optx.AbstractFixedPointSolver[Y, Aux, Any]):
             )
         self.solver = solver
 
+    # Fields of the base class, which here are those of the solver inside.
     @property
     def rtol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.solver.rtol
