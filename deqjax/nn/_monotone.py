@@ -26,14 +26,8 @@ from ._checks import (
     check_positive,
     check_sizes,
 )
-from ._fourier import (
-    HIGHEST,
-    Grid,
-    apply_inverse,
-    identity,
-    invert,
-    symbol_of,
-)
+from ._fourier import Grid, apply_inverse, identity, invert, symbol_of
+from ._inverse import HIGHEST, inverse
 from ._normalise import spectral_bound
 
 Tiers: TypeAlias = tuple[Grid, ...]
@@ -149,9 +143,9 @@ class MonotoneDense(AbstractMonotone):
 
     def resolvent(self, alpha: Any, z: Array) -> Callable[[Array], Array]:
         gap = self._gap()
-        inverse = jnp.linalg.inv(identity(gap) + alpha * gap)
+        matrix = inverse(identity(gap) + alpha * gap)
         return lambda v: jnp.matmul(
-            v.astype(inverse.dtype), inverse.T, precision=HIGHEST
+            v.astype(matrix.dtype), matrix.T, precision=HIGHEST
         ).astype(v.dtype)
 
     def lipschitz(self, z: Array) -> Float[Array, ""]:
@@ -284,9 +278,9 @@ class MonotoneConv(AbstractMonotone):
 
         def solve(v: Tiers) -> Tiers:
             out = []
-            for i, (inverse, a) in enumerate(zip(inverses, v, strict=True)):
+            for i, (matrices, a) in enumerate(zip(inverses, v, strict=True)):
                 rhs = a + alpha * self._from_finer(i, out[-1]) if i else a
-                out.append(apply_inverse(inverse, rhs, self._period(i)))
+                out.append(apply_inverse(matrices, rhs, self._period(i)))
             return tuple(out)
 
         return solve
