@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -47,7 +47,9 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     arithmetic: the pair (y, z) is kept every K steps, the reconstruction starts anew
     from it, and the drift is measured over each segment.
 
-    **Cost:** two evaluations with pull-back per step. **Memory:** 5 copies of z, one
+    **Cost:** two evaluations with pull-back per step; in the pull-backs, all of f but
+    its products of matrices, convolutions and the like is computed once more, so that
+    XLA rounds the evaluations as it did forwards. **Memory:** 5 copies of z, one
     pull-back of f and one gradient of the parameters, whatever the number of steps;
     with exact arithmetic log₂ q bits per entry of z and evaluation; with anchors 2/K
     copies of z per step. Static solves of up to 8 steps of maps with convolutions are
@@ -208,7 +210,12 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
         return f, eqx.filter(aux, eqx.is_inexact_array)
 
     ct_value, ct_extras = cotangents
-    no_aux = _tree.zeros_like(jax.eval_shape(evaluate, y0, moving)[1])
+    traced, (_, no_aux) = jax.make_jaxpr(evaluate, return_shape=True)(y0, moving)
+    no_aux = _tree.zeros_like(no_aux)
+    if not traced.effects:
+        # Forwards f keeps no activations. If it did here, XLA would fuse it differently,
+        # and so round it differently: the pull-back computes them once more.
+        evaluate = jax.checkpoint(evaluate, policy=_is_heavy)
     ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
     has_aux = bool(jtu.tree_leaves(ct_aux))
     ct_value, ct_aux = materialise((ct_value, ct_aux), (y0, no_aux))
@@ -258,6 +265,30 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
         g_probe = probe.record(drift=final.drift)
     g_fn, g_args = gradient
     return g_fn, g_y0, g_args, g_probe
+
+
+_HEAVY = frozenset(
+    "ragged_dot_general conv_general_dilated fft sort top_k cholesky lu qr "
+    "eigh svd triangular_solve tridiagonal_solve pallas_call ffi_call psum psum2 "
+    "psum_invariant pmax all_gather all_gather_invariant all_to_all reduce_scatter "
+    "ppermute".split()
+)
+
+
+def _is_heavy(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Whether a result is too dear to be computed once more, and in memory anyhow.
+
+    XLA adds to the product of a matrix and one vector as it computes it, unless the
+    product itself is kept.
+    """
+    if primitive.name == "dot_general":
+        (contracted, _), (batch, _) = params["dimension_numbers"]
+        left, right = (math.prod(operand.shape) for operand in operands)
+        shape = operands[0].shape
+        shared = math.prod(shape[i] for i in batch)
+        inner = shared * math.prod(shape[i] for i in contracted)
+        return min(left, right) > inner
+    return primitive.name in _HEAVY
 
 
 _DRIFTED = (

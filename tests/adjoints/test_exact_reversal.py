@@ -152,6 +152,35 @@ def test_layers_repeat_themselves_in_a_loop(name):
     assert drift(case(name), static(beta=0.8), 20) == 0
 
 
+def gated(z, args):
+    w, x = args
+    return jax.nn.sigmoid(z @ w) * jax.nn.gelu(z @ w.T + x) + 0.1 * z
+
+
+def chained(z, args):
+    w, x = args
+    return 0.7 * jax.nn.sigmoid(0.9 * w[0] * z + x) + 0.1 * z
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "dtype"),
+    [
+        (gated, (35,), "float32"),
+        (gated, (36,), "float64"),
+        (gated, (3, 43), "float32"),
+        (gated, (17, 57), "float64"),
+        (chained, (67,), "float64"),
+        (chained, (17, 16), "float32"),
+    ],
+)
+def test_sums_of_products_round_alike_in_both_passes(fn, shape, dtype, x64):
+    """XLA contracts some of them to fused multiply-adds: not others going back."""
+    k1, k2 = jr.split(jr.key(0))
+    w, x = 0.5 * weights(k1, shape[-1], dtype, 1.0), jr.normal(k2, shape, dtype)
+    c = Case(fn, jnp.zeros(shape, dtype), (w, x))
+    assert drift(c, static(beta=0.8), 12) == 0
+
+
 @pytest.mark.parametrize("name", ["attention", "contracted", "elementwise"])
 def test_layers_repeat_themselves_in_short_solves(name):
     assert drift(case(name), static(beta=0.75), 3) == 0
