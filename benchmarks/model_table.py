@@ -244,9 +244,9 @@ def memory(row: Row) -> int:
     By the compiler's own account.
     """
     run, arrays = gradient(row, *shapes(row))
-    lowered = jax.jit(run).lower(arrays, row.data, jr.key(0))
     # Buffers are assigned before LLVM optimises, which takes half the time.
-    compiled = lowered.compile({"xla_backend_optimization_level": 0})
+    run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    compiled = run.lower(arrays, row.data, jr.key(0)).compile()
     account = compiled.memory_analysis()
     if account is None:
         raise RuntimeError(f"{jax.default_backend()} gives no account of memory.")

@@ -213,8 +213,8 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     traced, (_, no_aux) = jax.make_jaxpr(evaluate, return_shape=True)(y0, moving)
     no_aux = _tree.zeros_like(no_aux)
     if not traced.effects:
-        # Forwards f keeps no activations. If it did here, XLA would fuse it differently,
-        # and so round it differently: the pull-back computes them once more.
+        # Forwards f keeps no activations. If it did here, XLA would fuse it, and so
+        # round it, differently: the pull-back computes them once more.
         evaluate = jax.checkpoint(evaluate, policy=_is_heavy)
     ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
     has_aux = bool(jtu.tree_leaves(ct_aux))
@@ -267,12 +267,12 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
     return g_fn, g_y0, g_args, g_probe
 
 
-_HEAVY = frozenset(
-    "ragged_dot_general conv_general_dilated fft sort top_k cholesky lu qr "
-    "eigh svd triangular_solve tridiagonal_solve pallas_call ffi_call psum psum2 "
-    "psum_invariant pmax all_gather all_gather_invariant all_to_all reduce_scatter "
-    "ppermute".split()
-)
+_HEAVY = {
+    *("ragged_dot_general", "conv_general_dilated", "fft", "sort", "top_k"),
+    *("cholesky", "lu", "qr", "eigh", "svd", "triangular_solve", "tridiagonal_solve"),
+    *("psum", "psum2", "psum_invariant", "pmax", "all_gather", "all_gather_invariant"),
+    *("all_to_all", "reduce_scatter", "ppermute", "pallas_call", "ffi_call"),
+}
 
 
 def _is_heavy(primitive: Any, *operands: Any, **params: Any) -> bool:
