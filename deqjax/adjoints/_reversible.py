@@ -48,8 +48,9 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     from it, and the drift is measured over each segment.
 
     **Cost:** two evaluations with pull-back per step; in the pull-backs, all of f but
-    its products of matrices, convolutions and the like is computed once more, so that
-    XLA rounds the evaluations as it did forwards. **Memory:** 5 copies of z, one
+    its large products of matrices and its convolutions is computed once more (these
+    too, where they are of 16 bits), so that XLA rounds the evaluations as it did
+    forwards. **Memory:** 5 copies of z, one
     pull-back of f and one gradient of the parameters, whatever the number of steps;
     with exact arithmetic log₂ q bits per entry of z and evaluation; with anchors 2/K
     copies of z per step. Static solves of up to 8 steps of maps with convolutions are
@@ -268,27 +269,35 @@ def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
 
 
 _HEAVY = {
-    *("ragged_dot_general", "conv_general_dilated", "fft", "sort", "top_k"),
-    *("cholesky", "lu", "qr", "eigh", "svd", "triangular_solve", "tridiagonal_solve"),
+    *("fft", "sort", "top_k", "cholesky", "lu", "qr", "eigh", "svd"),
+    *("triangular_solve", "tridiagonal_solve", "pallas_call", "ffi_call", "ppermute"),
     *("psum", "psum2", "psum_invariant", "pmax", "all_gather", "all_gather_invariant"),
-    *("all_to_all", "reduce_scatter", "ppermute", "pallas_call", "ffi_call"),
+    *("all_to_all", "reduce_scatter"),
 }
+# Multiplications of a matrix product.
+_SMALL = 1 << 15
 
 
 def _is_heavy(primitive: Any, *operands: Any, **params: Any) -> bool:
     """Whether a result is too dear to be computed once more, and in memory anyhow.
 
-    XLA adds to the product of a matrix and one vector as it computes it, unless the
-    product itself is kept.
+    Small matrix products, those of a matrix and one vector, and what is rounded to 16
+    bits are not: XLA computes what follows from numbers that it has not rounded yet,
+    unless the results are kept.
     """
-    if primitive.name == "dot_general":
-        (contracted, _), (batch, _) = params["dimension_numbers"]
-        left, right = (math.prod(operand.shape) for operand in operands)
-        shape = operands[0].shape
-        shared = math.prod(shape[i] for i in batch)
-        inner = shared * math.prod(shape[i] for i in contracted)
-        return min(left, right) > inner
-    return primitive.name in _HEAVY
+    name = primitive.name
+    if name not in ("dot_general", "conv_general_dilated"):
+        return name in _HEAVY
+    if any(operand.dtype.itemsize < 4 for operand in operands):
+        return False
+    if name == "conv_general_dilated":
+        return True
+    (contracted, _), (batch, _) = params["dimension_numbers"]
+    shape = operands[0].shape
+    shared = math.prod(shape[i] for i in batch)
+    inner = math.prod(shape[i] for i in contracted)
+    rows, columns = (math.prod(o.shape) // max(shared * inner, 1) for o in operands)
+    return min(rows, columns) > 1 and shared * rows * columns * inner >= _SMALL
 
 
 _DRIFTED = (
