@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from ._reversal_mixing import KINDS
-from ._reversal_pieces import FUNCTIONS, Piece, Rng, Shape, elementwise, pick
+from ._reversal_pieces import FUNCTIONS, Piece, Rng, Shape, elementwise, matrix, pick
 
 MAPS = (*KINDS, "affine", "tree", "scalar", "centred")
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 17, 31, 32, 48, 64, 100, 128, 200, 300)
@@ -202,9 +202,9 @@ def _cell(rng: Rng, kind: str, shape: Shape, plain: bool) -> Cell:
     """A cell with a piece of the kind, often with functions around it."""
     if kind == "affine":
         n = shape[-1]
-        init = lambda rng: rng.normal(size=(n, n)) / max(n, 2) ** 0.5
+        init = lambda rng: matrix(rng, n, n)
         piece = Piece(f"W @ z {n}", lambda h, w: w @ h, init)
-        return Cell([piece], "", 0.0, 0.6)
+        return Cell([piece], "", 0.0, float(pick(rng, 0.6, 0.9)))
     if kind == "scalar":
         kind = "elementwise"
     if kind == "centred":

@@ -117,11 +117,14 @@ def normalisation(rng: Rng, shape: Shape) -> Piece:
         x = h.reshape(*h.shape[:-1], 4, -1) if name == "group norm" else h
         if name not in ("rms norm", "l2 norm"):
             x = x - x.mean(axes, keepdims=True)
+        # In float16 the derivative of 1/√ overflows near 0.
+        square = jnp.square(x.astype(at_least(x.dtype)))
         if name == "l2 norm":
-            length = jnp.sqrt(jnp.sum(x * x, axes, keepdims=True) + eps)
-            x = x / length * size**0.5
+            length = jnp.sqrt(jnp.sum(square, axes, keepdims=True) + eps)
+            x = x / length.astype(x.dtype) * size**0.5
         else:
-            x = x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + eps)
+            square = jnp.mean(square, axes, keepdims=True)
+            x = x * lax.rsqrt(square + eps).astype(x.dtype)
         return x.reshape(h.shape) * w[0] + w[1]
 
     init = lambda rng: (rng.uniform(0.5, 1, n), 0.3 * rng.normal(size=n))

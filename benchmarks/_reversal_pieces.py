@@ -151,11 +151,15 @@ def narrow(rng: Rng, shape: Shape) -> Piece:
     wide_result, with_function = (bool(rng.random() < 0.4) for _ in range(2))
 
     def apply(h: jax.Array, w: jax.Array) -> jax.Array:
-        dtype = at_least(h.dtype) if wide_result else small
-        kept = {"preferred_element_type": jnp.float32} if wide_result else {}
-        y = jnp.matmul(h.astype(small), w.astype(small), **kept).astype(dtype)
+        # Without the casts in float64: which of them XLA carries out, forwards and on
+        # cotangents, differs between programs, so only the error of all is defined.
+        exact = h.dtype == jnp.float64
+        inner = h.dtype if exact else small
+        dtype = at_least(h.dtype) if wide_result else inner
+        kept = {"preferred_element_type": dtype} if wide_result else {}
+        y = jnp.matmul(h.astype(inner), w.astype(inner), **kept).astype(dtype)
         if with_function:
-            y = jnp.tanh(y.astype(small))
+            y = jnp.tanh(y.astype(inner))
         return y.astype(h.dtype)
 
     name = f"dense {n} in {np.dtype(small)}"
