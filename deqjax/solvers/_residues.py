@@ -99,15 +99,15 @@ class Residues(eqx.Module):
             digits = _digits(a.dtype)
             a, b, f, new = (x.astype(_tree.wide(x.dtype)) for x in (a, b, f, new))
             size = jnp.maximum(jnp.maximum(abs(b), abs(f)), abs(new))
-            exponent, _ = _exponent(jnp.maximum(size, abs(a)))
-            top = self._bound(exponent, digits, a.dtype)
+            top = self._bound(f, digits)
             unit = _power(top - digits + coarse, a.dtype)
             code = _remainder(a / unit, self._modulus)
             own, _ = _exponent(size)
             unit = _power(_at_least(own + 1, digits, a) - digits + coarse_own, a.dtype)
             code_own = _remainder(a / unit, self._own_modulus)
             code_own += self._modulus + (own & 1) * self._own_modulus
-            code = jnp.where(exponent < top, code, code_own)
+            largest, _ = _exponent(jnp.maximum(size, abs(a)))
+            code = jnp.where(largest < top, code, code_own)
             return _pack(code, self.bits), top.astype(jnp.int16)
 
         codes, tops = _unzip(leaf, a, b, f, new, self.coarse, self.coarse_own, like=a)
@@ -174,29 +174,28 @@ class Residues(eqx.Module):
         trees = (f, new, betas, record.codes, record.tops, start)
         return _unzip(leaf, b, *trees, self.coarse, self.coarse_own, like=b)
 
-    def _bound(self, exponent: Array, digits: int, dtype: Any) -> Array:
+    def _bound(self, f: Array, digits: int) -> Array:
         """Per row, the exponent of a bound of all entries of a typical size.
 
-        The typical size is the power mean, with exponent −¼, of the entries other than
-        0. It hardly changes if half of a row is far larger than the other half, or if
-        a few entries are far larger or smaller than all others.
+        The typical size is that of f: entries at which f is 0 are on their way from the
+        start to 0, and any size may be found among them. It is the power mean with
+        exponent −¼, which hardly changes if half of a row is far larger than the other
+        half, or a few entries are far larger or smaller than all others.
         """
-        info = jnp.finfo(dtype)
-        ndim = exponent.ndim
-        axes = tuple(range(max(self.batch_ndim, min(1, ndim - 1)), ndim))
-        if math.prod(exponent.shape[i] for i in axes) <= 1:
-            top = exponent + 1
-        else:
-            total = lambda x: jnp.sum(x, axes, keepdims=True)
-            seen = (exponent >= info.minexp) & (exponent < info.maxexp)
-            e = exponent.astype(jnp.float32)
-            count = jnp.maximum(total(seen.astype(jnp.float32)), 1)
-            mean = total(jnp.where(seen, e, 0)) / count
-            # Relative to the geometric mean, since single entries may be next to 0.
-            power = jnp.where(seen, jnp.exp2(jnp.minimum(mean - e, 16) / 4), 0)
-            typical = mean - 4 * jnp.log2(jnp.maximum(total(power) / count, 1e-9))
-            top = jnp.ceil(typical).astype(jnp.int32) + _HEADROOM
-        return jnp.minimum(_at_least(top, digits, dtype), int(info.maxexp) - 1)
+        info = jnp.finfo(f.dtype)
+        exponent, _ = _exponent(abs(f))
+        axes = tuple(range(max(self.batch_ndim, min(1, f.ndim - 1)), f.ndim))
+        total = lambda x: jnp.sum(x, axes, keepdims=True)
+        seen = (exponent >= info.minexp) & (exponent < info.maxexp)
+        e = exponent.astype(jnp.float32)
+        count = jnp.maximum(total(seen.astype(jnp.float32)), 1)
+        mean = total(jnp.where(seen, e, 0)) / count
+        # Relative to the geometric mean, since single entries may be next to 0.
+        power = jnp.where(seen, jnp.exp2(jnp.minimum(mean - e, 16) / 4), 0)
+        typical = mean - 4 * jnp.log2(jnp.maximum(total(power) / count, 1e-9))
+        top = jnp.ceil(typical).astype(jnp.int32) + _HEADROOM
+        top = jnp.where(total(seen) > 0, top, int(info.minexp))
+        return jnp.minimum(_at_least(top, digits, f), int(info.maxexp) - 1)
 
 
 def _coarseness(dtype: Any, beta: Any, modulus: int) -> Any:
