@@ -1,8 +1,13 @@
 """Checks of arguments that several modules ask for."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -21,3 +26,71 @@ def check_beta(beta: Any, *, below: float) -> None:
         raise ValueError(
             f"`beta`, the weight on f, must satisfy 0 < beta < {below:g}; got {beta!r}."
         )
+
+
+def canonical_weights(name: str, beta: PyTree) -> PyTree:
+    """Weights on f as Python numbers and floating-point arrays.
+
+    Raises:
+        ValueError: if one is known not to lie in (0, 1).
+    """
+
+    def leaf(b: Any) -> Any:
+        try:
+            known = np.asarray(b) if not isinstance(b, Tracer) else None
+            real = jnp.issubdtype(jnp.result_type(b), jnp.floating)
+        except TypeError:
+            known, real = None, False
+        inside = known is None or bool(np.all((known > 0) & (known < 1)))
+        if not (real and inside):
+            raise ValueError(
+                f"{name}, the weight on f, must be a number in (0, 1), a floating-"
+                f"point array of such numbers, or a pytree of them; got {b!r}."
+            )
+        # Numbers that are known while tracing need no place among a program's inputs.
+        return jnp.asarray(b) if isinstance(b, Array | np.ndarray) else float(b)
+
+    return jtu.tree_map(leaf, beta)
+
+
+def fit_weights(name: str, beta: PyTree, z: PyTree) -> PyTree:
+    """The weight on f of every leaf of z.
+
+    Raises:
+        ValueError: if the structure or a shape does not fit z.
+    """
+    structure = jtu.tree_structure(z)
+    if jtu.all_leaves([beta]):
+        beta = jtu.tree_map(lambda _: beta, z)
+    elif jtu.tree_structure(beta) != structure:
+        raise ValueError(
+            f"{name} must be a number, an array, or a pytree with the structure of the "
+            f"state, {structure}; got {jtu.tree_structure(beta)}. (One of several "
+            'weights is chosen outside of the solver: `options={"beta": value}`, see '
+            "`deqjax.nn.draw_options`.)"
+        )
+    for b, (path, x) in zip(
+        jtu.tree_leaves(beta), jtu.tree_leaves_with_path(z), strict=True
+    ):
+        shape = jnp.shape(b)
+        matches = zip(shape[::-1], x.shape[::-1], strict=False)
+        if len(shape) > x.ndim or any(n not in (1, m) for n, m in matches):
+            raise ValueError(
+                f"{name} must broadcast against every leaf of the state; it has shape "
+                f"{shape}, the leaf `{jtu.keystr(path) or 'z0'}` has shape {x.shape}. "
+                "(A weight per example of a batch has shape (batch, 1, …).)"
+            )
+    return beta
+
+
+def refuse_retired(given: Mapping[str, Any], successors: Mapping[str, str]) -> None:
+    """Raise for arguments that a constructor does not have, or does not have any more.
+
+    Args:
+        given: the arguments.
+        successors: what to use instead, by the name of a retired argument.
+    """
+    for name in given:
+        if name in successors:
+            raise TypeError(f"`{name}` has been retired: {successors[name]}.")
+        raise TypeError(f"unexpected keyword argument `{name}`")

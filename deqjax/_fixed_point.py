@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
+from ._checks import canonical_weights
 from ._fold import fold
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint
 from .solvers import Anderson, Reversible
@@ -55,8 +56,9 @@ def fixed_point(
             says so in `sol.result`; the compiled program then never calls the host.
         options: `{"step_budget": n}`: take at most n steps, n being an integer that may
             be traced, so that changing it does not recompile; `{"record": True}`: add
-            `residual_history`. The other entries that a solver of optimistix takes
-            (`lower` and `upper`, say) are passed on to it.
+            `residual_history`; `{"beta": value}`: the weight on f of a
+            `deqjax.Reversible` for this solve. The other entries that a solver of
+            optimistix takes (`lower` and `upper`, say) are passed on to it.
         tags: lineax tags for the structure of J − I, for the implicit adjoint.
 
     Returns:
@@ -173,14 +175,18 @@ def _canonical_options(solver: Any, options: dict[str, Any] | None) -> dict[str,
                 f"`options` has unknown entries {unknown} for "
                 f"{type(solver).__name__}; known are {sorted(solver.known_options)}."
             )
-    for name in {"step_budget", "beta"} & set(options):
-        # An array, so that another budget is another value, not another program.
-        value = jnp.asarray(options[name])
+    # Arrays, so that another value is not another program.
+    if "step_budget" in options:
+        value = jnp.asarray(options["step_budget"])
         if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim != 0:
             raise ValueError(
-                f'`options["{name}"]` must be an integer; got {options[name]!r}.'
+                '`options["step_budget"]` must be an integer; got '
+                f"{options['step_budget']!r}."
             )
-        options[name] = value.astype(jnp.int32)
+        options["step_budget"] = value.astype(jnp.int32)
+    if "beta" in options:
+        beta = canonical_weights('`options["beta"]`', options["beta"])
+        options["beta"] = jtu.tree_map(jnp.asarray, beta)
     if not isinstance(options.get("record", False), bool):
         raise ValueError(
             f'`options["record"]` must be True or False; got {options["record"]!r}.'

@@ -1,6 +1,5 @@
 """The gradient of the reversible iteration, by running it backwards."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,14 +12,13 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .. import _tree
+from .._checks import refuse_retired
 from .._upstream import Extras, Inputs, unvmap_any
-from ..solvers._base import check_count
 from ..solvers._reversible import Reversible
-from ._backwards import Backwards, add
-from ._cotangents import materialise
-from ._half_steps import HalfStepLoop, is_unrolled, sealed
-from ._loop import SolverLoop, as_inputs, detach, solve
+from ._cotangents import materialise, none_like
+from ._loop import as_inputs, detach, solve
 from ._stats import BackwardStats, check_probe
+from ._sweeps import ForwardSweep, Tape, add, replay, reverse_sweep
 
 
 class ReversibleAdjoint(optx.AbstractAdjoint):
@@ -32,46 +30,45 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     $$ a = \frac{b' - \beta f(a')}{1-\beta}, \quad b = a', \qquad
        \bar a = (1-\beta)\, \bar b', \quad
        \bar b = \bar a' + (\partial_z f(b))^\top \beta \bar b', \quad
-       \bar\theta \mathrel{+}= (\partial_\theta f(b))^\top \beta \bar b' $$
+       \bar\theta \mathrel{+}= (\partial_\theta f(b))^\top \beta \bar b', \quad
+       \bar\beta \mathrel{+}= \langle \bar b', f(b) - a \rangle $$
 
     The evaluation that rebuilds a state is the one that is pulled back. The gradient
     for z₀ is ȳ₀ + z̄₀.
 
+    Rebuilt by this formula alone, a would be off by the rounding of a', and by as much
+    as the second evaluation of f differs from the first, divided by 1 − β; this error
+    would grow by 1 / (1 − β) at every half step. The forward pass therefore records a
+    few low bits of every state that it overwrites. From these the reverse pass finds
+    the state itself, as long as the formula is off by less than their *capacity*. So f
+    need not be evaluated to the same bits twice.
+
     **Exact** to the rounding of one backpropagation wherever the drift is 0: the
     reconstruction ends at the known start, and the largest difference from it is the
-    drift, which every backward pass measures. With the exact arithmetic of
-    `deqjax.Reversible` it is 0 at every depth if f returns the same bits whenever it is
-    given the same input. A drift above the tolerance never passes silently.
+    drift, which every backward pass measures. A repair beyond the capacity leaves an
+    error that grows up to the start. A drift never passes silently.
 
-    **Anchors** are for functions that do not repeat bit for bit, and for float
-    arithmetic: the pair (y, z) is kept every K steps, the reconstruction starts anew
-    from it, and the drift is measured over each segment.
+    **Cost:** two evaluations with pull-back per step; one more for the gradient through
+    `aux`. **Memory:** 6 copies of z, one pull-back of f and one gradient of the
+    parameters, whatever the number of steps, and `record_bits` bits per entry of z and
+    evaluation.
 
-    **Cost:** two evaluations with pull-back per step; in the pull-backs, all of f but
-    its large products of matrices and its convolutions is computed once more (these
-    too, where they are of 16 bits), so that XLA rounds the evaluations as it did
-    forwards. **Memory:** 5 copies of z, one
-    pull-back of f and one gradient of the parameters, whatever the number of steps;
-    with exact arithmetic log₂ q bits per entry of z and evaluation; with anchors 2/K
-    copies of z per step. Static solves of up to 8 steps of maps with convolutions are
-    unrolled: their memory grows over those steps.
-
-    Reverse mode only, once.
+    Reverse mode. Second derivatives, reverse or forward over this one, are exact too;
+    they differentiate the plain loop of `max_steps` steps and keep two states per step.
 
     Args:
-        anchors: K, the number of steps between anchors; `"auto"`: as many as amplify
-            rounding by no more than what leaves half of a dtype's digits; None: none,
-            but in static solves of up to 8 steps of maps with convolutions, which
-            are unrolled, one at every step.
+        record_bits: bits to record per entry of z and evaluation, 4, 8 or 16. With 8,
+            evaluations may differ by about 16 units in the last place of the largest
+            entry of a row of z, at any β, until half of the capacity is taken. Fewer
+            bits resolve the states more coarsely, more bits tolerate more: 16 are for
+            an f whose noise is far above the rounding of z, with products of bfloat16
+            in a float32 state for example.
         on_drift: what the gradient is if the drift of any problem exceeds the
             tolerance: `"nan"`, `"raise"` an error, or `"recompute"` by backpropagation
-            through the steps, with checkpoints (in memory of the order of √N states).
+            through the steps, which keeps two states per step.
         drift_tol: the drift to accept, relative to the largest entry of the states.
-            None: 0 for exact arithmetic without anchors (see there); else
-            min(8 ε (1−β)^(−2K), √ε), ε being the precision of the states' dtype and K
-            the steps between anchors, or of the solve.
         probe: a `BackwardStats` whose gradient is the record of the backward pass; the
-            entry that applies is `drift`.
+            entries that apply are `drift` and `repair`.
 
     Raises:
         ValueError, TypeError: if the solver is not `deqjax.Reversible`, or an argument
@@ -89,30 +86,40 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     References:
         S. McCallum, K. Arora, J. Foster (2025), Reversible deep equilibrium models,
         doi:10.48550/arXiv.2509.12917.
+
+        D. Maclaurin, D. Duvenaud, R. P. Adams (2015), Gradient-based hyperparameter
+        optimization through reversible learning, doi:10.48550/arXiv.1502.03492.
     """
 
-    anchors: int | Literal["auto"] | None = eqx.field(
-        default=None, kw_only=True, static=True
-    )
+    record_bits: int = eqx.field(default=8, kw_only=True, static=True)
     on_drift: Literal["nan", "raise", "recompute"] = eqx.field(
         default="nan", kw_only=True, static=True
     )
-    drift_tol: float | None = eqx.field(default=None, kw_only=True, static=True)
+    drift_tol: float = eqx.field(default=0.0, kw_only=True, static=True)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
-    def __check_init__(self):
-        if self.anchors is not None and self.anchors != "auto":
-            check_count("anchors", self.anchors, 1)
-        if self.on_drift not in ("nan", "raise", "recompute"):
+    def __init__(
+        self,
+        *,
+        record_bits: int = 8,
+        on_drift: Literal["nan", "raise", "recompute"] = "nan",
+        drift_tol: float | None = None,
+        probe: BackwardStats | None = None,
+        **retired: Any,
+    ):
+        refuse_retired(retired, _RETIRED)
+        if record_bits not in (4, 8, 16):
+            raise ValueError(f"`record_bits` must be 4, 8 or 16; got {record_bits!r}.")
+        if on_drift not in ("nan", "raise", "recompute"):
             raise ValueError(
-                '`on_drift` must be "nan", "raise" or "recompute"; got '
-                f"{self.on_drift!r}."
+                f'`on_drift` must be "nan", "raise" or "recompute"; got {on_drift!r}.'
             )
-        if self.drift_tol is not None and not self.drift_tol >= 0:
-            raise ValueError(
-                f"`drift_tol` must be a number ≥ 0 or None; got {self.drift_tol!r}."
-            )
-        check_probe(self.probe)
+        drift_tol = 0.0 if drift_tol is None else drift_tol
+        if not drift_tol >= 0:
+            raise ValueError(f"`drift_tol` must be a number ≥ 0; got {drift_tol!r}.")
+        check_probe(probe)
+        self.record_bits, self.on_drift = int(record_bits), on_drift
+        self.drift_tol, self.probe = float(drift_tol), probe
 
     def apply(
         self,
@@ -122,190 +129,234 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
         tags: frozenset[object],
     ) -> PyTree:
         named = as_inputs(inputs)
-        if not isinstance(named.solver, Reversible):
+        solver = named.solver
+        if not isinstance(solver, Reversible):
             raise ValueError(
                 "`ReversibleAdjoint` undoes the steps of `deqjax.Reversible` and so "
-                f"needs it as the solver; got {type(named.solver).__name__}. Use "
+                f"needs it as the solver; got {type(solver).__name__}. Use "
                 "`solver=deqjax.Reversible()`, or `deqjax.ImplicitAdjoint()`."
             )
         if named.max_steps is None:
             raise ValueError(
                 "`ReversibleAdjoint` needs a finite `max_steps`; got None."
             )
-        theta = (named.fn, named.y0, named.args, self.probe)
-        rest = named._replace(fn=None, y0=None, args=None)
-        every, unrolled = self._every(named), is_unrolled(named)
-        if unrolled and every is None:
-            every = 1
-        plan = _Plan(unrolled, every, self.on_drift, self.drift_tol)
-        value, extras = _reversible(theta, rest, plan, primal_fn)
+        theta = _Theta(
+            named.fn, named.y0, named.args, solver.betas(named.y0, named.options)
+        )
+        options = {k: v for k, v in named.options.items() if k != "beta"}
+        solver = eqx.tree_at(lambda s: s.beta, solver, None)
+        rest = named._replace(
+            fn=None, y0=None, args=None, solver=solver, options=options
+        )
+        plan = _Plan(self.record_bits, self.on_drift, self.drift_tol)
+        try:
+            value, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(_FORWARD) from error
         return value, tuple(detach(Extras(*extras)))
 
-    def _every(self, inputs: Inputs) -> int | None:
-        if self.anchors != "auto":
-            return self.anchors
-        growth = 1 / (1 - _largest_beta(inputs.solver))
-        allowed = 1 / math.sqrt(_precision(inputs.y0))
-        return max(1, math.floor(math.log(allowed) / (2 * math.log(growth)) / 2))
+
+class _Theta(eqx.Module):
+    """All that the answer is differentiated by."""
+
+    fn: Any
+    y0: PyTree
+    args: PyTree
+    betas: PyTree
+
+    def inputs(self, rest: Inputs) -> Inputs:
+        solver = eqx.tree_at(
+            lambda s: s.beta, rest.solver, self.betas, is_leaf=lambda x: x is None
+        )
+        return rest._replace(fn=self.fn, y0=self.y0, args=self.args, solver=solver)
 
 
 class _Plan(eqx.Module):
-    """How the half steps are run, and what a backward pass does about drift."""
+    """How much is recorded, and what a backward pass does about drift."""
 
-    unrolled: bool = eqx.field(static=True)
-    every: int | None = eqx.field(static=True)
+    record_bits: int = eqx.field(static=True)
     on_drift: str = eqx.field(static=True)
-    drift_tol: float | None = eqx.field(static=True)
-
-    def tolerance(self, inputs: Inputs) -> float:
-        """The drift to accept, relative to the size of the states."""
-        if self.drift_tol is not None:
-            return self.drift_tol
-        solver: Reversible = inputs.solver
-        if solver.arithmetic == "exact" and self.every is None:
-            return 0.0
-        eps = _precision(inputs.y0)
-        steps = inputs.max_steps if self.every is None else self.every
-        log_growth = -2 * steps * math.log(1 - _largest_beta(solver))
-        return math.exp(min(math.log(8 * eps) + log_growth, 0.5 * math.log(eps)))
-
-
-def _largest_beta(solver: Reversible) -> float:
-    betas = solver.beta if isinstance(solver.beta, tuple) else (solver.beta,)
-    return max(float(beta) for beta in betas)
-
-
-def _precision(y: PyTree) -> float:
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(y))
+    drift_tol: float = eqx.field(static=True)
 
 
 @eqx.filter_custom_vjp
 def _reversible(
-    theta: PyTree, rest: Inputs, plan: _Plan, primal_fn: Callable
+    active: tuple[_Theta, BackwardStats | None],
+    rest: Inputs,
+    plan: _Plan,
+    primal_fn: Callable,
 ) -> PyTree:
-    fn, y0, args, _ = theta
-    inputs = rest._replace(fn=fn, y0=y0, args=args)
-    value, extras = solve(primal_fn, inputs, HalfStepLoop(inputs, plan.unrolled, False))
+    inputs = active[0].inputs(rest)
+    value, extras = solve(primal_fn, inputs, ForwardSweep(inputs, None))
     return value, tuple(extras)
 
 
 @_reversible.def_fwd
-def _reversible_fwd(perturbed, theta, rest, plan, primal_fn):
-    fn, y0, args, _ = theta
-    inputs = rest._replace(fn=fn, y0=y0, args=args)
-    loop = HalfStepLoop(inputs, plan.unrolled, True, plan.every)
-    value, extras = solve(primal_fn, inputs, loop)
-    return (value, tuple(extras)), loop.trail
+def _reversible_fwd(perturbed, active, rest, plan, primal_fn):
+    return _forward(active[0], rest, plan, primal_fn)
 
 
 @_reversible.def_bwd
-def _reversible_bwd(trail, cotangents, perturbed, theta, rest, plan, primal_fn):
-    fn, y0, args, probe = theta
-    p_fn, p_y0, p_args, p_probe = perturbed
-    inputs: Inputs = rest._replace(fn=fn, y0=y0, args=args)
-    moving, fixed = eqx.partition((fn, args), (p_fn, p_args))
+def _reversible_bwd(tape, cotangents, perturbed, active, rest, plan, primal_fn):
+    ct_value, ct_extras = cotangents
+    ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
+    theta, probe = active
+    p_theta, p_probe = perturbed
+    gradient, drift, repair = _backward(
+        theta, (ct_value, ct_aux), tape, p_theta, rest, plan
+    )
+    g_probe = none_like(probe)
+    if any(jtu.tree_leaves(p_probe)):
+        g_probe = probe.record(drift=drift, repair=repair)
+    return gradient, g_probe
+
+
+# For second derivatives of the solve both passes have derivatives of their own, those
+# of the plain loop: the arithmetic on remainders has none.
+
+
+@eqx.filter_custom_jvp
+def _forward(theta: _Theta, rest: Inputs, plan: _Plan, primal_fn: Callable) -> PyTree:
+    """The solve, with a tape."""
+    inputs = theta.inputs(rest)
+    sweep = ForwardSweep(inputs, plan.record_bits)
+    value, extras = solve(primal_fn, inputs, sweep)
+    return (value, tuple(extras)), sweep.tape
+
+
+@_forward.def_jvp
+def _forward_jvp(primals, tangents):
+    theta, rest, *_ = primals
+    (_, extras), tape = out = _forward(*primals)
+    moving, fixed = _split(theta, tangents[0])
+    run = lambda moving: _replay(eqx.combine(moving, fixed), rest, tape)
+    _, (t_value, t_aux) = jax.jvp(run, (moving,), (tangents[0],))
+    t_extras = none_like(Extras(*extras))._replace(aux=t_aux)
+    return out, ((t_value, tuple(t_extras)), none_like(tape))
+
+
+@eqx.filter_custom_jvp
+def _backward(
+    theta: _Theta, cts: PyTree, tape: Tape, perturbed: PyTree, rest: Inputs, plan: _Plan
+) -> PyTree:
+    """The gradient where it is asked for, the drift, and the largest repair."""
+    moving, fixed = eqx.partition(theta, perturbed)
+    solver: Reversible = rest.solver
+    y0 = theta.y0
+    moving = eqx.tree_at(lambda m: m.y0, moving, None, is_leaf=lambda x: x is None)
 
     def evaluate(z: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
-        fn, args = eqx.combine(moving, fixed)
-        f, aux = sealed(fn)(z, args)
+        whole = eqx.combine(moving, fixed)
+        f, aux = whole.fn(z, whole.args)
         return f, eqx.filter(aux, eqx.is_inexact_array)
 
-    ct_value, ct_extras = cotangents
-    traced, (_, no_aux) = jax.make_jaxpr(evaluate, return_shape=True)(y0, moving)
-    no_aux = _tree.zeros_like(no_aux)
-    if not traced.effects:
-        # Forwards f keeps no activations. If it did here, XLA would fuse it, and so
-        # round it, differently: the pull-back computes them once more.
-        evaluate = jax.checkpoint(evaluate, policy=_is_heavy)
-    ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
-    has_aux = bool(jtu.tree_leaves(ct_aux))
-    ct_value, ct_aux = materialise((ct_value, ct_aux), (y0, no_aux))
+    weights = lambda moving: eqx.combine(moving, fixed).betas
+    (y, z), (ct_value, ct_aux) = tape.pair, cts
+    ct_y, ct_z = _tree.zeros_like(y0), materialise(ct_value, y0)
+    g_aux = None
+    if jtu.tree_leaves(ct_aux):
+        # aux came from the last evaluation, or from that which tested the answer.
+        point = y if solver.static else z
+        (_, aux), pull = jax.vjp(evaluate, point, moving)
+        g_z, g_aux = pull((_tree.zeros_like(y0), materialise(ct_aux, aux)))
+        ct_y, ct_z = (add(ct_y, g_z), ct_z) if solver.static else (ct_y, add(ct_z, g_z))
 
-    back = Backwards(
-        inputs,
-        plan.unrolled,
-        plan.every,
-        trail,
-        evaluate,
+    same = solver.static and "step_budget" not in rest.options
+    found = reverse_sweep(
+        lambda z, moving: evaluate(z, moving)[0],
+        weights,
         moving,
-        ct_aux if has_aux else None,
+        y0,
+        (ct_y, ct_z),
+        tape,
+        rest.max_steps if same else None,
     )
-    final, scale = back.run(ct_value)
-    g_y0 = add(final.ct_a, final.ct_b)
-    gradient = jtu.tree_map(lambda g, p: g.astype(p.dtype), final.gradient, moving)
-
-    bad = ~(final.drift <= plan.tolerance(inputs) * scale)
+    total = found.moving if g_aux is None else add(found.moving, g_aux)
+    g_moving = jtu.tree_map(lambda g, p: g.astype(p.dtype), total, moving)
+    gradient = eqx.tree_at(
+        lambda m: m.y0, g_moving, found.start, is_leaf=lambda x: x is None
+    )
+    k = solver.batch_ndim
+    size = jnp.maximum(_tree.max_abs(y0, k), _tree.max_abs(z, k))
+    bad = ~(found.drift <= plan.drift_tol * size)
     if plan.on_drift == "recompute":
-
-        def recompute() -> tuple[PyTree, PyTree]:
-            def run(y0: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
-                fn, args = eqx.combine(moving, fixed)
-                again = inputs._replace(fn=fn, y0=y0, args=args)
-                loop = SolverLoop(again, "checkpointed")
-                value, extras = solve(primal_fn, again, loop)
-                return value, eqx.filter(extras.aux, eqx.is_inexact_array)
-
-            _, pull = jax.vjp(run, y0, moving)
-            return pull((ct_value, ct_aux))
-
-        g_y0, gradient = lax.cond(
-            unvmap_any(jnp.any(bad)), recompute, lambda: (g_y0, gradient)
-        )
+        again = lambda: _recompute(theta, cts, tape, perturbed, rest)
+        gradient = lax.cond(unvmap_any(jnp.any(bad)), again, lambda: gradient)
     elif plan.on_drift == "nan":
         spoil = lambda t: jnp.where(jnp.any(bad), jnp.nan, t)
-        gradient = jtu.tree_map(spoil, gradient)
-        nan = jtu.tree_map(lambda t: jnp.full_like(t, jnp.nan), g_y0)
-        g_y0 = _tree.where(bad, nan, g_y0)
+        nan = jtu.tree_map(lambda t: jnp.full_like(t, jnp.nan), found.start)
+        start = _tree.where(bad, nan, found.start)
+        gradient = jtu.tree_map(spoil, g_moving)
+        gradient = eqx.tree_at(
+            lambda m: m.y0, gradient, start, is_leaf=lambda x: x is None
+        )
     else:
-        g_y0, gradient = eqx.error_if((g_y0, gradient), jnp.any(bad), _DRIFTED)
-
-    if not any(jtu.tree_leaves(p_y0)):
-        g_y0 = jtu.tree_map(lambda _: None, g_y0)
-    g_probe = jtu.tree_map(lambda _: None, probe)
-    if any(jtu.tree_leaves(p_probe)):
-        g_probe = probe.record(drift=final.drift)
-    g_fn, g_args = gradient
-    return g_fn, g_y0, g_args, g_probe
+        gradient = eqx.error_if(gradient, jnp.any(bad), _DRIFTED)
+    return eqx.filter(gradient, perturbed), found.drift, found.repair
 
 
-_HEAVY = {
-    *("fft", "sort", "top_k", "cholesky", "lu", "qr", "eigh", "svd"),
-    *("triangular_solve", "tridiagonal_solve", "pallas_call", "ffi_call", "ppermute"),
-    *("psum", "psum2", "psum_invariant", "pmax", "all_gather", "all_gather_invariant"),
-    *("all_to_all", "reduce_scatter"),
+@_backward.def_jvp
+def _backward_jvp(primals, tangents):
+    theta, cts, tape, perturbed, rest, _ = primals
+    out = _backward(*primals)
+    moving, fixed = _split((theta, cts), tangents[:2])
+
+    def run(moving: PyTree) -> PyTree:
+        theta, cts = eqx.combine(moving, fixed)
+        return _recompute(theta, cts, tape, perturbed, rest)
+
+    _, t_gradient = jax.jvp(run, (moving,), (tangents[:2],))
+    return out, (t_gradient, None, None)
+
+
+def _recompute(
+    theta: _Theta, cts: PyTree, tape: Tape, perturbed: PyTree, rest: Inputs
+) -> PyTree:
+    """The gradient by backpropagation through the plain loop."""
+    moving, fixed = eqx.partition(theta, perturbed)
+    run = lambda moving: _replay(eqx.combine(moving, fixed), rest, tape)
+    out, pull = jax.vjp(run, moving)
+    return pull(materialise(cts, out))[0]
+
+
+def _replay(theta: _Theta, rest: Inputs, tape: Tape) -> PyTree:
+    value, aux = replay(
+        theta.fn,
+        theta.y0,
+        theta.args,
+        theta.betas,
+        steps=lax.stop_gradient(tape.steps),
+        max_steps=rest.max_steps,
+        static=rest.solver.static,
+    )
+    return value, eqx.filter(aux, eqx.is_inexact_array)
+
+
+def _split(primal: PyTree, tangent: PyTree) -> tuple[PyTree, PyTree]:
+    """What has a tangent, and the rest."""
+    is_none = lambda t: t is None
+    moves = jtu.tree_map(lambda t: not is_none(t), tangent, is_leaf=is_none)
+    return eqx.partition(primal, moves)
+
+
+_RETIRED = {
+    "anchors": "states are found again from recorded bits; leave it out, and raise "
+    "`record_bits` if evaluations of `fn` differ by more than they repair",
 }
-# Multiplications of a matrix product.
-_SMALL = 1 << 15
-
-
-def _is_heavy(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Whether a result is too dear to be computed once more, and in memory anyhow.
-
-    Small matrix products, those of a matrix and one vector, and what is rounded to 16
-    bits are not: XLA computes what follows from numbers that it has not rounded yet,
-    unless the results are kept.
-    """
-    name = primitive.name
-    if name not in ("dot_general", "conv_general_dilated"):
-        return name in _HEAVY
-    if any(operand.dtype.itemsize < 4 for operand in operands):
-        return False
-    if name == "conv_general_dilated":
-        return True
-    (contracted, _), (batch, _) = params["dimension_numbers"]
-    shape = operands[0].shape
-    shared = math.prod(shape[i] for i in batch)
-    inner = math.prod(shape[i] for i in contracted)
-    rows, columns = (math.prod(o.shape) // max(shared * inner, 1) for o in operands)
-    return min(rows, columns) > 1 and shared * rows * columns * inner >= _SMALL
-
 
 _DRIFTED = (
     "The reversible iteration was not undone exactly: the reconstructed start differs "
     "from the known one by more than `drift_tol`, so that the gradient is not that of "
-    "the steps taken. Either `fn` does not return the same bits for the same input "
-    "(randomness that is not fixed by a key, or a program compiled differently in the "
-    'two passes: use `ReversibleAdjoint(anchors="auto")` or `on_drift="recompute"`), '
-    "or the solve is too deep for float arithmetic (use "
-    '`Reversible(arithmetic="exact")`).'
+    "the steps taken. Evaluations of `fn` at the same input differ by more than the "
+    "recorded bits repair (randomness that no key fixes, or noise far above the "
+    "rounding of the states): use `ReversibleAdjoint(record_bits=16)`, or "
+    '`on_drift="recompute"`.'
+)
+
+_FORWARD = (
+    "`ReversibleAdjoint` is for reverse mode (`jax.grad`, `jax.vjp`). For forward mode "
+    "(`jax.jvp`, `jax.jacfwd`, `jax.linearize`) use "
+    "`adjoint=deqjax.ImplicitAdjoint()`, the derivative of the fixed point."
 )

@@ -28,6 +28,8 @@ class BackwardStats(eqx.Module):
         converged: 1 if the tolerance was met, else 0.
         drift: of a reversible pass: largest difference between the start that the
             reconstruction arrives at and the known one.
+        repair: of a reversible pass: the largest repair as a part of the capacity of
+            the recorded bits. Near 1, states may be lost; the drift tells if any was.
         forward_residual: ‖f(z*) − z*‖₂ where f was linearised: how far from a fixed
             point the formulas that hold at one were evaluated.
 
@@ -56,6 +58,7 @@ class BackwardStats(eqx.Module):
     num_products: Float[Array, "*batch"]
     converged: Float[Array, "*batch"]
     drift: Float[Array, "*batch"]
+    repair: Float[Array, "*batch"]
     forward_residual: Float[Array, "*batch"]
 
     def __init__(self, batch_shape: tuple[int, ...] = ()):
@@ -65,6 +68,7 @@ class BackwardStats(eqx.Module):
         self.num_products = zeros
         self.converged = zeros
         self.drift = zeros
+        self.repair = zeros
         self.forward_residual = zeros
 
     def record(
@@ -75,6 +79,7 @@ class BackwardStats(eqx.Module):
         num_products: Array | None = None,
         converged: Array | None = None,
         drift: Array | None = None,
+        repair: Array | None = None,
         forward_residual: Array | None = None,
     ) -> "BackwardStats":
         """The cotangent of this probe: the given entries, NaN for the others."""
@@ -102,6 +107,7 @@ class BackwardStats(eqx.Module):
             fit(num_products, self.num_products, worst),
             fit(converged, self.converged, least),
             fit(drift, self.drift, worst),
+            fit(repair, self.repair, worst),
             fit(forward_residual, self.forward_residual, worst),
         ]
         return jtu.tree_unflatten(jtu.tree_structure(self), leaves)

@@ -190,8 +190,8 @@ class RevDEQ(DEQ):
     Args:
         cell: see `DEQ`.
         num_steps: N.
-        beta: weight on the cell, 0 < beta < 1; of a tuple of them one is chosen at the
-            call, by `options={"beta": i}` (see `deqjax.nn.draw_options`).
+        beta: weight on the cell, 0 < beta < 1; see `deqjax.Reversible`. One that is
+            learned is passed at the call, as `options={"beta": value}`.
         batch_ndim: see `deqjax.Reversible`.
         start: see `DEQ`.
 
@@ -214,7 +214,7 @@ class RevDEQ(DEQ):
         cell: Any,
         *,
         num_steps: int = 4,
-        beta: float | tuple[float, ...] = 0.5,
+        beta: PyTree = 0.5,
         batch_ndim: int = 0,
         start: Any = None,
     ):

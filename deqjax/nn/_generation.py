@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..solvers import Picard, Reversible
+from ..solvers._reversible import relax
 from ._attention import Past
 from ._checks import check_sizes, check_tokens
 from ._tokens import Features, Tokens, signed
@@ -131,8 +132,8 @@ def generate(
         num_tokens: how many to add.
         temperature: what logits are divided by; 0 takes the likeliest token.
         key: for sampling; not needed with a Python 0 as the temperature.
-        options: of every solve, see the model's `extend`: `{"beta": i}` for a solver
-            with a choice of them.
+        options: of every solve, see the model's `extend`: `{"beta": value}` for another
+            weight on the cell.
 
     Returns:
         The new tokens; −1 where there is nothing to choose from: in sequences with a
@@ -246,21 +247,21 @@ def static_solve(
         raise ValueError(
             f'`options` of a static solve with a cache may have "beta"; got {unknown}.'
         )
-    beta = solver.beta
-    if isinstance(beta, tuple) != ("beta" in options):
-        raise ValueError(
-            '`options={"beta": i}` chooses from a tuple `beta` of the solver, and such '
-            f"a tuple needs it; got beta={beta!r} and options {sorted(options)}."
-        )
-    if isinstance(beta, tuple):
-        beta = jnp.asarray(beta, z0.dtype)[options["beta"]]
     coupled = isinstance(solver, Reversible)
+    if coupled:
+        betas = solver.betas(z0, options)
+    elif options:
+        raise ValueError(
+            '`options={"beta": value}` is for `deqjax.Reversible`; got '
+            f"{type(solver).__name__}."
+        )
+    else:
+        betas = solver.beta
 
     def step(pair: PyTree, past: PyTree) -> tuple[PyTree, PyTree]:
         a, b = pair
         f, kept = evaluate(b, past)
-        new = (1 - beta) * (a if coupled else b) + beta * f
-        return (b, new), kept
+        return (b, relax(a if coupled else b, f, betas)), kept
 
     (_, z), kept = lax.scan(step, (z0, z0), pasts)
     return z, kept

@@ -125,8 +125,8 @@ class RevDEQClassifier(eqx.Module):
     **Cost:** 2 evaluations of a cell per step and scale; 4 steps by default.
     **Memory:** see `deqjax.ReversibleAdjoint`.
 
-    **Differences from the source:** states are float32 with exact reversible
-    arithmetic, not float64; all `max_steps` steps are taken, where the authors stop
+    **Differences from the source:** states are float32, not float64, and are
+    undone exactly all the same; all `max_steps` steps are taken, where the authors stop
     below a relative residual of 1e-6, which 4 steps do not reach. The paper gives the
     channels, the widths and the cell; the kernels of the blocks between scales (1 × 1
     in the shortcut) are ours, and with them the number of parameters, published as

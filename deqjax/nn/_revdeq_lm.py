@@ -123,11 +123,12 @@ class RevDEQLM(eqx.Module):
     **Cost:** 2 evaluations of the block per step (8 by default), and the head.
     **Memory:** that of the adjoint; see `deqjax.ReversibleAdjoint`.
 
-    Differences from the authors' code: states are float32 with exact reversible
-    arithmetic, not float64; no tolerance by default, since 4 steps with β = 1/2 leave
-    1/16 of the start even of a constant map, so that theirs, 10⁻³, ends no solve; the
-    dtype of the parameters may be chosen; their layer norm that nothing uses (1,536
-    parameters), and their mask, which they hold as an array of floats, are left out.
+    Differences from the authors' code: states are float32, not float64, and are undone
+    exactly all the same; there is no tolerance by default, since 4 steps with β = 1/2
+    leave 1/16 of the start even of a constant map, so that the authors' tolerance of
+    10⁻³ is never reached; the dtype of the parameters may be chosen; their layer norm
+    that nothing uses (1,536 parameters), and their mask, which they hold as an array of
+    floats, are left out.
 
     Args:
         vocab_size: tokens in the vocabulary.
@@ -283,7 +284,7 @@ class RevDEQLM(eqx.Module):
         Args:
             tokens: any number of them, one at least.
             cache: from `empty_cache`, or from here.
-            options: `{"beta": i}` for a solver with a choice of them.
+            options: `{"beta": value}` for another weight on the cell.
 
         Returns:
             z* of the new tokens (NaN for tokens that do not fit in the cache), and the

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from .._checks import canonical_weights
 from .._types import Options
 from ..adjoints import UnrolledAdjoint
 from ..solvers import Picard
@@ -18,29 +19,38 @@ from ._hyper import HyperDEQ
 from ._monotone_deq import MonotoneDEQ
 
 
-def draw_options(deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()) -> Options:
-    """Options of a solve with a depth, and a β of the solver's tuple, drawn at random.
+def draw_options(
+    deq: DEQ,
+    key: PRNGKeyArray,
+    *,
+    steps: Sequence[int] = (),
+    betas: Sequence[float] = (),
+) -> Options:
+    """Options of a solve with a depth, and a weight β on the cell, drawn at random.
 
     They are traced values, so that no draw compiles anything again. A model trained so
     can be used at many depths.
 
     Args:
-        deq: the layer, whose solver may be a `deqjax.Reversible` with a tuple `beta`.
+        deq: the layer.
         key: decides the draw.
         steps: the depths to draw from, at most the layer's `max_steps`; none: the depth
             is not drawn.
+        betas: the weights to draw from, for a layer with a `deqjax.Reversible` solver;
+            none: the weight is not drawn.
 
     Returns:
         What `deq.solve(x, options=…)` takes.
 
     Raises:
-        ValueError: if a depth is not possible, or there is nothing to draw.
+        ValueError: if a depth or a weight is not possible, or there is nothing to draw.
 
     Example:
         >>> import deqjax, jax.numpy as jnp, jax.random as jr
         >>> cell = lambda z, x, key=None: jnp.tanh(0.5 * z + x)
-        >>> deq = deqjax.nn.RevDEQ(cell, num_steps=10, beta=(0.3, 0.5, 0.7))
-        >>> options = deqjax.nn.draw_options(deq, jr.key(0), steps=(4, 6, 10))
+        >>> deq = deqjax.nn.RevDEQ(cell, num_steps=10)
+        >>> options = deqjax.nn.draw_options(
+        ...     deq, jr.key(0), steps=(4, 6, 10), betas=(0.3, 0.5, 0.7))
         >>> deq(jnp.ones(3), options=options).shape, sorted(options)
         ((3,), ['beta', 'step_budget'])
     """
@@ -53,21 +63,23 @@ def draw_options(deq: DEQ, key: PRNGKeyArray, *, steps: Sequence[int] = ()) -> O
             )
     key1, key2 = jr.split(key)
     options: dict[str, Any] = {}
-    beta = getattr(deq.solver, "beta", None)
-    if isinstance(beta, tuple):
-        options["beta"] = jr.randint(key1, (), 0, len(beta))
+    if betas:
+        if "beta" not in getattr(deq.solver, "known_options", ()):
+            raise ValueError(
+                "`betas` are for a layer whose solver is `deqjax.Reversible`; got "
+                f"{type(deq.solver).__name__}."
+            )
+        weights = canonical_weights("`betas`", jnp.asarray(tuple(betas), float))
+        options["beta"] = jr.choice(key1, weights)
     if steps:
         options["step_budget"] = jr.choice(key2, jnp.asarray(tuple(steps), jnp.int32))
     if not options:
-        raise ValueError(
-            "There is nothing to draw: give `steps`, or the layer a solver with a "
-            "tuple `beta`."
-        )
+        raise ValueError("There is nothing to draw: give `steps`, or `betas`.")
     return options
 
 
 class _Undamped(Picard):
-    """Picard iteration of static length; it leaves a choice of β unused."""
+    """Picard iteration of static length; it leaves a β that was drawn unused."""
 
     known_options: ClassVar[frozenset[str]] = Picard.known_options | {"beta"}
 

@@ -3,13 +3,13 @@
 One step of the scheme is a half step taken twice, with the roles of the two states
 exchanged in between:
 
-    (a, b)  ->  (b, (1 − β) a + β f(b)),      (a, b) = (y_n, z_n) at whole steps,
+    (a, b)  ->  (b, (1 − β) a + β f(b)),      (a, b) = (y_n, z_n) at whole steps.
 
-and a half step is undone by  a = (b' − β f(a')) / (1 − β),  b = a'.
+`deqjax.ReversibleAdjoint` takes the half steps back, with the help of `_residues.py`.
 """
 
 from dataclasses import field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,17 +19,10 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._checks import canonical_weights, fit_weights, refuse_retired
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from .._upstream import unvmap_any
-from ._arithmetic import (
-    AbstractArithmetic,
-    ExactArithmetic,
-    FloatArithmetic,
-    fraction,
-    overflowed,
-    with_tangent_of,
-)
-from ._base import AbstractSolver, Progress, check_beta, statistics
+from ._base import AbstractSolver, Progress, statistics
 
 
 class ReversibleState(eqx.Module):
@@ -37,8 +30,6 @@ class ReversibleState(eqx.Module):
 
     Attributes:
         companion: y.
-        carriers: with exact arithmetic, y and z as integers; else None.
-        unit: with exact arithmetic, the unit of the grid per problem; else None.
         progress: the record; its value is the pair (y, z) of the best iterate in a
             tested solve, and None in a static one, where the residual is that of the
             iterate evaluated last.
@@ -46,10 +37,19 @@ class ReversibleState(eqx.Module):
     """
 
     companion: PyTree
-    carriers: PyTree
-    unit: Any
     progress: Progress
     num_evals: Array
+
+
+def relax(a: PyTree, f: PyTree, betas: PyTree) -> PyTree:
+    """(1 − β) a + β f, rounded once to the dtype of the state."""
+
+    def leaf(a: Array, f: Array, beta: Any) -> Array:
+        dtype = _tree.wide(a.dtype)
+        beta = jnp.asarray(beta, dtype)
+        return ((1 - beta) * a.astype(dtype) + beta * f.astype(dtype)).astype(a.dtype)
+
+    return jtu.tree_map(leaf, a, f, betas)
 
 
 class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
@@ -67,21 +67,13 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     Each step can be undone, so that `deqjax.ReversibleAdjoint` (the default adjoint
     of this solver) needs no trajectory to differentiate the steps taken.
 
-    `arithmetic="exact"` keeps y and z as integers on a grid (32 bits; 64 for float64
-    states) chosen per problem from the scale of z₀ and f(z₀): 2⁻²⁶ (2⁻⁵⁶) of it, with
-    headroom of 2⁵ (2⁷). Undoing a step then restores every bit, at every depth, if f
-    returns the same bits for the same input; the drift of `deqjax.BackwardStats`
-    tells. `"float"` computes in the dtype of the state; undoing a step divides its
-    rounding error by 1 − β, twice per step, which destroys the gradient of deep solves.
-
     **Cost:** two evaluations per step, one less in the step that ends a tested solve.
-    **Memory:** 3 copies of z, 5 in a tested solve; when differentiated, exact
-    arithmetic keeps log₂ q bits per entry of z and evaluation, 1 − β = p/q.
+    **Memory:** 3 copies of z, 5 in a tested solve; `deqjax.ReversibleAdjoint` adds a
+    byte per entry of z and evaluation when the solve is differentiated.
 
     **Converges** for a map of Lipschitz constant k if |1 − β| + βk < 1, with that
     factor per step or better; always for a contraction. **Fails** visibly otherwise:
-    `nonfinite`; `nonlinear_max_steps_reached`; `nonlinear_divergence` and
-    `stats["overflow"]` if an entry leaves the grid.
+    `nonfinite` or `nonlinear_max_steps_reached`.
 
     Stops at the first z_n with ‖f(z_n) − z_n‖ ≤ atol + rtol ‖f(z_n)‖. With
     `rtol=None, atol=None` exactly `max_steps` steps are taken; the value is z_N and
@@ -90,10 +82,11 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     Args:
         rtol: tolerance relative to ‖f(z)‖, or None.
         atol: absolute tolerance, or None.
-        beta: weight on f, 0 < beta < 1; for exact arithmetic 1 − β must be a fraction
-            p/q with q ≤ 32 (1/2, 3/4, 4/5, 7/8, 9/10, … for β). A tuple of values
-            lets `options={"beta": i}` choose one at run time, without recompiling.
-        arithmetic: `"exact"` or `"float"`.
+        beta: weight on f, 0 < beta < 1: a number; an array that broadcasts against
+            every leaf of z (one weight per entry, per channel or per example); or a
+            pytree of these with the structure of z. An array is differentiated, and
+            another value of it does not recompile. `options={"beta": value}` replaces
+            it for one solve, by one that is drawn at random for example.
         min_steps: steps before which the test cannot pass.
         batch_ndim: number of leading axes that index independent problems.
 
@@ -115,55 +108,39 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
 
     rtol: Tolerance = 1e-4
     atol: Tolerance = 1e-6
-    beta: float | tuple[float, ...] = field(default=0.5, kw_only=True)
-    arithmetic: Literal["exact", "float"] = field(default="exact", kw_only=True)
+    beta: PyTree = field(default=0.5, kw_only=True)
     min_steps: int = field(default=0, kw_only=True)
     batch_ndim: int = field(default=0, kw_only=True)
 
     known_options: ClassVar[frozenset[str]] = AbstractSolver.known_options | {"beta"}
 
-    def __check_init__(self):
-        if self.arithmetic not in ("exact", "float"):
-            raise ValueError(
-                f'`arithmetic` must be "exact" or "float"; got {self.arithmetic!r}.'
-            )
-        betas = self.beta if isinstance(self.beta, tuple) else (self.beta,)
-        if not betas:
-            raise ValueError("`beta` must hold at least one value; got ().")
-        for beta in betas:
-            check_beta(beta, below=1.0)
-            if self.arithmetic == "exact":
-                if isinstance(beta, Array):
-                    raise ValueError(
-                        '`beta` must be a Python number for `arithmetic="exact"`, or a '
-                        'tuple of them chosen from by `options={"beta": i}`; got an '
-                        "array."
-                    )
-                fraction(beta)
+    def __init__(
+        self,
+        rtol: Tolerance = 1e-4,
+        atol: Tolerance = 1e-6,
+        *,
+        beta: PyTree = 0.5,
+        min_steps: int = 0,
+        batch_ndim: int = 0,
+        **retired: Any,
+    ):
+        refuse_retired(retired, _RETIRED)
+        self.rtol, self.atol = rtol, atol
+        self.beta = canonical_weights("`beta`", beta)
+        self.min_steps, self.batch_ndim = min_steps, batch_ndim
 
-    def calculus(self, options: Options) -> AbstractArithmetic:
-        """The arithmetic of the half step, for the β that is asked for."""
-        chosen = "beta" in options
-        if chosen != isinstance(self.beta, tuple):
-            raise ValueError(
-                '`options={"beta": i}` chooses from a tuple `beta` of the solver, and '
-                f"such a tuple needs it; got beta={self.beta!r} and options "
-                f"{sorted(options)}."
-            )
-        if not isinstance(self.beta, tuple):
-            if self.arithmetic == "float":
-                return FloatArithmetic(self.beta)
-            ratio = fraction(self.beta)
-            return ExactArithmetic(
-                ratio.numerator, ratio.denominator, ratio.denominator
-            )
-        i = options["beta"]
-        if self.arithmetic == "float":
-            return FloatArithmetic(jnp.asarray(self.beta)[i])
-        ratios = [fraction(beta) for beta in self.beta]
-        p = jnp.array([r.numerator for r in ratios], jnp.int32)[i]
-        q = jnp.array([r.denominator for r in ratios], jnp.int32)[i]
-        return ExactArithmetic(p, q, max(r.denominator for r in ratios))
+    def betas(self, z: PyTree, options: Options) -> PyTree:
+        """The weight on f of every leaf of z.
+
+        Raises:
+            ValueError: if its shape or structure does not fit z.
+        """
+        beta = self.beta
+        name = "`beta`"
+        if "beta" in options:
+            name = '`options["beta"]`'
+            beta = canonical_weights(name, options["beta"])
+        return fit_weights(name, beta, z)
 
     # The interface of optimistix: one call is one whole step
 
@@ -177,15 +154,10 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         aux_struct: PyTree,
         tags: frozenset[object],
     ) -> ReversibleState:
+        self.betas(y, options)
         value, aux_struct = (None, None) if self.static else ((y, y), aux_struct)
         progress = Progress.start(value, y, aux_struct, self.batch_ndim)
-        calculus = self.calculus(options)
-        unit = calculus.unit(y, y, self.batch_ndim)
-        carriers = None
-        if self.arithmetic == "exact":
-            start = calculus.encode(y, unit)
-            carriers = (start, start)
-        return ReversibleState(y, carriers, unit, progress, jnp.array(0, jnp.int32))
+        return ReversibleState(y, progress, jnp.array(0, jnp.int32))
 
     def step(
         self,
@@ -196,63 +168,36 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         state: ReversibleState,
         tags: frozenset[object],
     ) -> tuple[Y, ReversibleState, Aux]:
-        pair = ((state.companion, y), state.carriers)
+        betas, companion = self.betas(y, options), state.companion
         progress = state.progress
         f, aux = fn(y, args)
-        unit, pair = self._anchor(options, progress, pair, f, state.unit)
-        half = lambda pair, f: self._half(options, pair, f, unit)
         if self.static:
-            pair = half(pair, f)
-            f, aux = fn(pair[0][1], args)
-            progress = self.observe_last(progress, pair[0][1], f)
+            middle = relax(companion, f, betas)
+            f, aux = fn(middle, args)
+            progress = self.observe_last(progress, middle, f)
             counts = progress.counts.at[..., 0].add(1)
             progress = eqx.tree_at(lambda p: p.counts, progress, counts)
-            pair = half(pair, f)
             num_evals = state.num_evals + 2
-        else:
-            before = progress.active(options)
-            progress = self.observe(progress, before, pair[0], y, f, aux)
-            active = progress.active(options)
+            return (
+                relax(y, f, betas),
+                ReversibleState(middle, progress, num_evals),
+                aux,
+            )
+        before = progress.active(options)
+        progress = self.observe(progress, before, (companion, y), y, f, aux)
+        active = progress.active(options)
 
-            def rest() -> PyTree:
-                middle = half(pair, f)
-                g, _ = fn(middle[0][1], args)
-                return _tree.where(active, half(middle, g), pair)
+        def rest() -> PyTree:
+            middle = relax(companion, f, betas)
+            new = relax(y, fn(middle, args)[0], betas)
+            return _tree.where(active, (middle, new), (companion, y))
 
-            # The evaluation that ends the solve is the only one of its step.
-            go_on = unvmap_any(jnp.any(active))
-            both = (jnp.any(flags).astype(jnp.int32) for flags in (before, active))
-            num_evals = state.num_evals + sum(both)
-            pair = lax.cond(go_on, rest, lambda: pair)
-        (companion, y), carriers = pair
-        return y, ReversibleState(companion, carriers, unit, progress, num_evals), aux
-
-    def _anchor(
-        self, options: Options, progress: Progress, pair: PyTree, f: PyTree, unit: Any
-    ) -> tuple[Any, PyTree]:
-        """In the first step, lay the grid for z₀ and f(z₀)."""
-        if self.arithmetic == "float":
-            return unit, pair
-        calculus = self.calculus(options)
-        (_, z0), carriers = pair
-        first = progress.num_steps == 0
-        new = calculus.unit(z0, f, self.batch_ndim)
-        start = calculus.encode(lax.stop_gradient(z0), new)
-        unit = jnp.where(first, new, unit)
-        return unit, (pair[0], _tree.where(first, (start, start), carriers))
-
-    def _half(self, options: Options, pair: PyTree, f: PyTree, unit: Any) -> PyTree:
-        """One half step of the states and of their carriers, differentiably."""
-        calculus = self.calculus(options)
-        (a, b), carriers = pair
-        new = calculus.average(a, f)
-        if carriers is None:
-            return (b, new), None
-        exact, _ = calculus.advance(carriers[0], lax.stop_gradient(f), unit)
-        value = calculus.decode(exact, unit, new)
-        # The derivative of the update, not of its rounding.
-        new = jtu.tree_map(with_tangent_of, value, new)
-        return (b, new), (carriers[1], exact)
+        # The evaluation that ends the solve is the only one of its step.
+        go_on = unvmap_any(jnp.any(active))
+        both = (jnp.any(flags).astype(jnp.int32) for flags in (before, active))
+        num_evals = state.num_evals + sum(both)
+        companion, y = lax.cond(go_on, rest, lambda: (companion, y))
+        return y, ReversibleState(companion, progress, num_evals), aux
 
     def observe_last(self, progress: Progress, x: PyTree, f: PyTree) -> Progress:
         """Note the residual of x, evaluated last, in a static loop."""
@@ -273,20 +218,7 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     ) -> tuple[Array, optx.RESULTS]:
         if self.static:
             return jnp.array(False), optx.RESULTS.successful
-        done, result = self.verdict(state.progress)
-        return done, self._unless_overflowed(state, result)
-
-    def outcome(self, y: Y, state: ReversibleState) -> optx.RESULTS:
-        return self._unless_overflowed(state, super().outcome(y, state))
-
-    def _unless_overflowed(
-        self, state: ReversibleState, result: optx.RESULTS
-    ) -> optx.RESULTS:
-        if state.carriers is None:
-            return result
-        over = jnp.any(overflowed(state.carriers, self.batch_ndim))
-        lost = over & (result == optx.RESULTS.nonfinite)
-        return optx.RESULTS.where(lost, optx.RESULTS.nonlinear_divergence, result)
+        return self.verdict(state.progress)
 
     def postprocess(
         self,
@@ -308,8 +240,6 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         stats = statistics(
             best.residual, best.norm, converged, best.num_steps, state.num_evals
         )
-        if state.carriers is not None:
-            stats["overflow"] = overflowed(state.carriers, self.batch_ndim)
         return y, aux, stats
 
     def last_residual(self, y: Y, state: ReversibleState) -> Reals:
@@ -317,3 +247,9 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
 
     def steps_taken(self, state: ReversibleState) -> Counts:
         return state.progress.num_steps
+
+
+_RETIRED = {
+    "arithmetic": "states are floats, and `deqjax.ReversibleAdjoint` undoes every step "
+    "exactly; leave it out",
+}
