@@ -106,7 +106,10 @@ def spread(method: Callable, call: str, betas: bool) -> Callable:
 
 
 def gradient(run: Callable, ours: bool, jit: bool) -> Callable:
-    """(z0, x, weights, β, extra, weights of the loss) -> gradients, reports."""
+    """(z0, x, weights, β, extra, weights of the loss) -> gradients, reports.
+
+    β is differentiated where it is an array.
+    """
 
     def loss(z0, x, w, beta, extra, out):
         value, report = run(z0, x, w, beta, extra)
@@ -114,7 +117,7 @@ def gradient(run: Callable, ours: bool, jit: bool) -> Callable:
         terms = jtu.tree_map(lambda v, c: jnp.sum(wide(v) * wide(c)), value, out)
         return sum(jtu.tree_leaves(terms)), report
 
-    wanted = (0, 1, 2, 4) if ours else (0, 1, 2)
+    wanted = (0, 1, 2, 3, 4) if ours else (0, 1, 2, 3)
     grad = jax.grad(loss, argnums=wanted, has_aux=True)
     return jax.jit(grad) if jit else grad
 

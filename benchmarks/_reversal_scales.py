@@ -138,7 +138,7 @@ def _natural_gradient(method: Callable, ours: bool) -> Callable:
     gradient = measures.gradient(run, ours, jit=True)
 
     def natural(*inputs: Any) -> tuple[Any, ...]:
-        (_, g_x, (g_w, _), *stats), _ = gradient(*inputs)
+        (_, g_x, (g_w, _), _, *stats), _ = gradient(*inputs)
         return g_x, g_w, *stats
 
     return natural
