@@ -288,7 +288,15 @@ def reverse_sweep(
     first = tape.pair, cts, jtu.tree_map(wide, moving), none
     pair, (ct_a, ct_b), gradient, worst = lax.fori_loop(0, trips, half, first)
     # After the loop: on a mesh a maximum over all entries is communication.
-    drift = _tree.max_abs(_tree.subtract(pair, (z0, z0)), k)
+    # Compared before subtracted: where z₀ is a product, a − z₀ need not be 0 for a = z₀,
+    # since compilers contract it to one operation.
+    apart = jtu.tree_map(
+        lambda x, z, d: jnp.where(x == z, 0, d),
+        pair,
+        (z0, z0),
+        _tree.subtract(pair, (z0, z0)),
+    )
+    drift = _tree.max_abs(apart, k)
     drift = jnp.where(jnp.isnan(drift), jnp.inf, drift)
     repair = _tree.max_abs(jtu.tree_map(lambda w: w.astype(jnp.float32), worst), k)
     return Gradient(add(ct_a, ct_b), gradient, drift, repair / 255)
