@@ -116,7 +116,8 @@ class ForwardSweep(SolverLoop):
             f=_tree.zeros_like(z) if self.solver.static else None,
             aux=init.aux,
             progress=progress,
-            num_evals=init.state.num_evals,
+            # Of the batch, so that within `jax.shard_map` it varies as that does.
+            num_evals=jnp.max(progress.num_steps, initial=0),
             history=self.blank_history(init, max_steps),
             records=records,
         )
