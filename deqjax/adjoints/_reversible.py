@@ -152,7 +152,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
         try:
             value, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
         except TypeError as error:
-            if "forward-mode" not in str(error):
+            if "custom_vjp" not in str(error):
                 raise
             raise TypeError(_FORWARD) from error
         return value, tuple(detach(Extras(*extras)))

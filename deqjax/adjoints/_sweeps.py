@@ -116,7 +116,8 @@ class ForwardSweep(SolverLoop):
             f=_tree.zeros_like(z) if self.solver.static else None,
             aux=init.aux,
             progress=progress,
-            num_evals=init.state.num_evals,
+            # Of the batch, so that within `jax.shard_map` it varies as that does.
+            num_evals=jnp.max(progress.num_steps, initial=0),
             history=self.blank_history(init, max_steps),
             records=records,
         )
@@ -288,7 +289,15 @@ def reverse_sweep(
     first = tape.pair, cts, jtu.tree_map(wide, moving), none
     pair, (ct_a, ct_b), gradient, worst = lax.fori_loop(0, trips, half, first)
     # After the loop: on a mesh a maximum over all entries is communication.
-    drift = _tree.max_abs(_tree.subtract(pair, (z0, z0)), k)
+    # Compared before subtracted: where z₀ is a product, a − z₀ need not be 0 for a = z₀,
+    # since compilers contract it to one operation.
+    apart = jtu.tree_map(
+        lambda x, z, d: jnp.where(x == z, 0, d),
+        pair,
+        (z0, z0),
+        _tree.subtract(pair, (z0, z0)),
+    )
+    drift = _tree.max_abs(apart, k)
     drift = jnp.where(jnp.isnan(drift), jnp.inf, drift)
     repair = _tree.max_abs(jtu.tree_map(lambda w: w.astype(jnp.float32), worst), k)
     return Gradient(add(ct_a, ct_b), gradient, drift, repair / 255)
