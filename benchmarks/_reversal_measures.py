@@ -204,7 +204,9 @@ def _programs(case: Case) -> tuple[Callable, Callable]:
     """The gradients by reversal and by backpropagation."""
     solver: dict[str, Any] = {"batch_ndim": case.batch_ndim}
     if case.tested:
+        # Iterates of a map that rounds to 16 bits end in a cycle, not at a point.
         rtol = max(TESTED[dtype] for dtype in case.states)
+        rtol = max(rtol, TESTED["bfloat16"]) if case.kind == "narrow" else rtol
         solver |= {"rtol": rtol, "atol": rtol}
     betas = case.beta == "traced" and bool(case.lanes)
     method = reversal(case.fn, case.number, case.steps, **solver)

@@ -156,8 +156,10 @@ def narrow(rng: Rng, shape: Shape) -> Piece:
         exact = h.dtype == jnp.float64
         inner = h.dtype if exact else small
         dtype = at_least(h.dtype) if wide_result else inner
-        kept = {"preferred_element_type": dtype} if wide_result else {}
-        y = jnp.matmul(h.astype(inner), w.astype(inner), **kept).astype(dtype)
+        kept = dtype if wide_result else None
+        y = jnp.matmul(
+            h.astype(inner), w.astype(inner), preferred_element_type=kept
+        ).astype(dtype)
         if with_function:
             y = jnp.tanh(y.astype(inner))
         return y.astype(h.dtype)

@@ -102,19 +102,20 @@ def test_a_case_is_the_same_whenever_it_is_drawn():
 
 def test_the_reference_is_the_gradient_of_the_steps():
     # z₁ = (1 − β) z₀ + β (k y₁ + x) with y₁ = (1 − β) z₀ + β (k z₀ + x).
-    k, beta, c = 0.7, 0.3, 2.0
-    method = measures.backpropagation(lambda z, a: a[1] * z + a[0], beta, 1)
+    k, beta, x, start, c = 0.7, 0.3, 0.2, 0.5, 2.0
+    method = measures.backpropagation(lambda z, a: a[1] * z + a[0], math.nan, 1)
     gradient = measures.gradient(method, ours=False, jit=True)
-    z0, x, w = jnp.array(0.5), jnp.array(0.2), jnp.array(k)
-    (g_z0, g_x, g_k), _ = gradient(z0, x, w, None, None, jnp.array(c))
-    y1 = (1 - beta) * 0.5 + beta * (k * 0.5 + 0.2)
-    dy_dk = beta * 0.5
+    numbers = (jnp.array(t) for t in (start, x, k, beta))
+    got, _ = gradient(*numbers, None, jnp.array(c))
+    y = (1 - beta) * start + beta * (k * start + x)
+    dy_dbeta = k * start + x - start
     want = (
         c * ((1 - beta) + beta * k * (1 - beta + beta * k)),
         c * (beta + beta * k * beta),
-        c * beta * (y1 + k * dy_dk),
+        c * beta * (y + k * beta * start),
+        c * (k * y + x - start + beta * k * dy_dbeta),
     )
-    np.testing.assert_allclose((g_z0, g_x, g_k), want, rtol=1e-14)
+    np.testing.assert_allclose(got, want, rtol=1e-14)
 
 
 def test_a_wrong_gradient_fails(monkeypatch):
