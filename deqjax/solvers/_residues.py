@@ -159,7 +159,8 @@ class Residues(eqx.Module):
             crossed = (exponent & 1) != (own // self._own_modulus)
             exponent += jnp.where(crossed, jnp.where(upper, 1, -1), 0)
             exponent = _at_least(exponent + 1, digits, b) + coarse_own
-            unit = _power(jnp.where(shares, top + coarse, exponent) - digits, b.dtype)
+            shared = top.astype(jnp.int32) + coarse
+            unit = _power(jnp.where(shares, shared, exponent) - digits, b.dtype)
             modulus = jnp.where(shares, self._modulus, self._own_modulus)
             code = jnp.where(shares, code, own % self._own_modulus)
             modulus, code = modulus.astype(unit.dtype), code.astype(unit.dtype)
