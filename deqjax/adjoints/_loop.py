@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._convolutions import rewrite
 from .._upstream import (
     UNROLL as UNROLL,
     Carry,
@@ -208,7 +209,11 @@ def _keep_verdict(new: tuple, old: tuple) -> tuple:
 def as_inputs(inputs: tuple) -> Inputs:
     """Name the tuple that optimistix hands to an adjoint."""
     named = Inputs(*inputs)
-    return named._replace(options={} if named.options is None else named.options)
+    return named._replace(
+        # A map that `deqjax.fixed_point` has not seen; its jaxpr is a leaf.
+        fn=rewrite(named.fn),
+        options={} if named.options is None else named.options,
+    )
 
 
 def detach(extras: Extras) -> Extras:
