@@ -24,6 +24,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jax.extend import linear_util as lu
 from jax.extend.core.primitives import conv_general_dilated_p
 from jax.interpreters import ad, batching, mlir
@@ -147,8 +148,8 @@ def _fast(lhs: Array, rhs: Array, **params: Any) -> Array:
         return conv_general_dilated_p.bind(lhs, rhs, **params)
     numbers, groups = params["dimension_numbers"], params["batch_group_count"]
     l, r, o = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-    lhs = jnp.transpose(lhs, (l[0], *l[2:], l[1]))  # batch, *space, in
-    rhs = jnp.transpose(rhs, (*r[2:], r[1], r[0]))  # *space, in, out
+    lhs = lax.transpose(lhs, (l[0], *l[2:], l[1]))  # batch, *space, in
+    rhs = lax.transpose(rhs, (*r[2:], r[1], r[0]))  # *space, in, out
     if groups > 1:
         # As groups of features: XLA expands those of the batch to a convolution of
         # all with all. (groups x batch, *space, in) -> (batch, *space, groups x in)
@@ -162,7 +163,7 @@ def _fast(lhs: Array, rhs: Array, **params: Any) -> Array:
     layout = type(numbers)(order, (n - 1, n - 2, *range(n - 2)), order)
     out = conv_general_dilated_p.bind(lhs, rhs, **{**params, "dimension_numbers": layout})
     # Axis o[i] of the result is axis order[i] of the canonical one.
-    return jnp.transpose(out, [order[o.index(axis)] for axis in range(n)])
+    return lax.transpose(out, [order[o.index(axis)] for axis in range(n)])
 
 
 def _is_worth_it(lhs: Array, rhs: Array, **params: Any) -> bool:

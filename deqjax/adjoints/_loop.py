@@ -140,18 +140,17 @@ class SolverLoop:
                 "`max_steps` is None; give a number of steps, or tolerances."
             )
         budget = self.inputs.options.get("step_budget")
-        short = max_steps <= UNROLL and self.inputs.solver.unrolls
-        if budget is None and short and self.checkpoints is None:
-            final = init
-            for _ in range(max_steps):
-                final = body(final)
-        elif self.kind == "lax":
+        if self.kind == "lax":
             steps = max_steps if budget is None else jnp.minimum(budget, max_steps)
             # What the body says of termination is dropped, so that nothing is
             # computed for it.
             final = lax.fori_loop(
                 0, steps, lambda _, val: _keep_verdict(body(val), init), init
             )
+        elif budget is None and max_steps <= UNROLL and self.checkpoints is None:
+            final = init
+            for _ in range(max_steps):
+                final = body(final)
         else:
             final = self._while(
                 lambda val: jnp.asarray(self._within_budget(val[0])),
