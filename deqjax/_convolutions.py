@@ -56,7 +56,9 @@ def canonical(fn: Callable) -> Callable:
         traced, struct, static = eqx.filter_make_jaxpr(fn)(*args)
         arrays = [x for x in jtu.tree_leaves(args) if eqx.is_array(x)]
         leaves = jex.core.jaxpr_as_fun(rewrite(traced))(*arrays)
-        return eqx.combine(jtu.tree_unflatten(jtu.tree_structure(struct), leaves), static)
+        return eqx.combine(
+            jtu.tree_unflatten(jtu.tree_structure(struct), leaves), static
+        )
 
     return call
 
@@ -161,7 +163,9 @@ def _fast(lhs: Array, rhs: Array, **params: Any) -> Array:
     n = lhs.ndim
     order = (0, n - 1, *range(1, n - 1))
     layout = type(numbers)(order, (n - 1, n - 2, *range(n - 2)), order)
-    out = conv_general_dilated_p.bind(lhs, rhs, **{**params, "dimension_numbers": layout})
+    out = conv_general_dilated_p.bind(
+        lhs, rhs, **{**params, "dimension_numbers": layout}
+    )
     # Axis o[i] of the result is axis order[i] of the canonical one.
     return lax.transpose(out, [order[o.index(axis)] for axis in range(n)])
 

@@ -33,19 +33,18 @@ def integers(seed, shape, dtype="float32"):
 # name -> shape of the operand, shape of the kernel, parameters
 CASES = {
     "plain": ((4, 8, 6, 5), (8, 8, 3, 3), SAME),
-    "strided": ((4, 8, 7, 6), (6, 8, 3, 2), {"window_strides": (2, 3)}),
-    "padded": ((2, 8, 5, 4), (5, 8, 3, 3), {"padding": ((2, 0), (1, 3))}),
-    "cropped": ((2, 8, 7, 7), (5, 8, 2, 2), {"padding": ((-1, 2), (0, -2))}),
-    "dilated": ((4, 8, 8, 7), (8, 8, 2, 3), {"rhs_dilation": (3, 2)}),
-    "upsampled": ((4, 8, 3, 4), (4, 8, 3, 3), {"lhs_dilation": (2, 3)}),
+    "strided": (
+        (4, 8, 7, 6),
+        (6, 8, 3, 2),
+        {"window_strides": (2, 3), "padding": ((2, 0), (-1, 3))},
+    ),
+    "dilated": (
+        (2, 8, 5, 4),
+        (8, 8, 2, 3),
+        {"rhs_dilation": (3, 2), "lhs_dilation": (1, 2)},
+    ),
     "1d": ((4, 8, 9), (8, 8, 4), {"padding": "VALID"}),
     "3d": ((2, 8, 4, 3, 5), (6, 8, 2, 3, 2), {"padding": "SAME"}),
-    "pointwise": ((4, 8, 6, 5), (8, 8, 1, 1), {}),
-    "NHWC": (
-        (4, 6, 5, 8),
-        (3, 3, 8, 6),
-        {**SAME, "dimension_numbers": ("NHWC", "HWIO", "NHWC")},
-    ),
     "odd layouts": (
         (8, 6, 4, 5),
         (3, 8, 6, 2),
@@ -126,7 +125,7 @@ def test_of_every_dtype(name, dtype):
     assert identical(got, want)
 
 
-@pytest.mark.parametrize("dims", [(0, None), (None, 0), (1, 0), (2, 3)])
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (2, 3)])
 @pytest.mark.parametrize("name", ["plain", "odd layouts", "grouped", "batch groups"])
 def test_batches(name, dims):
     fn, x, w = case(name)
@@ -269,7 +268,7 @@ def bare(text):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", ["plain", "NHWC", "batch groups", "depthwise"])
+@pytest.mark.parametrize("name", ["odd layouts", "batch groups", "depthwise"])
 def test_elsewhere_the_program_is_the_same(platform, name):
     fn, x, w = case(name)
 
@@ -285,7 +284,7 @@ def test_elsewhere_the_program_is_the_same(platform, name):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["plain", "strided", "NHWC"])
+@pytest.mark.parametrize("name", ["plain", "strided"])
 def test_a_sharded_batch_stays_sharded(kind, name):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
     fn, x, w = case(name)
