@@ -22,11 +22,10 @@ OK = optx.RESULTS.successful
 SOLVERS: dict[str, Callable[..., Any]] = {
     "picard": deqjax.Picard,
     "damped": ft.partial(deqjax.Picard, beta=0.7),
-    "reversible": ft.partial(deqjax.Reversible, arithmetic="float"),
+    "reversible": deqjax.Reversible,
     "anderson": deqjax.Anderson,
     "broyden": deqjax.Broyden,
     "newton": deqjax.NewtonKrylov,
-    "exact": ft.partial(deqjax.Reversible, arithmetic="exact"),
 }
 
 # --- problems -------------------------------------------------------------------------

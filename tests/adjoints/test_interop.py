@@ -74,7 +74,7 @@ def test_a_static_solve_ends_there_as_they_say(name):
 
 def test_reversible_pair_in_optimistix(x64):
     p = problem("tanh")
-    solver = deqjax.Reversible(None, None, beta=0.6, arithmetic="float")
+    solver = deqjax.Reversible(None, None, beta=0.6)
 
     def run(args):
         sol = optx.fixed_point(

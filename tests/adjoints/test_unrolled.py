@@ -82,7 +82,7 @@ def test_checkpoints_do_not_change_the_gradient(checkpoints, x64):
 @pytest.mark.parametrize("steps", [3, 10], ids=["unrolled", "loop"])
 def test_reversible_solver_may_be_unrolled(steps, x64):
     p = problem("tree")
-    solver = deqjax.Reversible(None, None, beta=0.7, arithmetic="float")
+    solver = deqjax.Reversible(None, None, beta=0.7)
     run = helpers.loss(p, solver=solver, adjoint=UNROLLED, max_steps=steps)
     want = lambda a, z: weigh(helpers.reversible(p.fn, z, a, steps, 0.7))
     got = gradient(run)(p.args, p.z0)

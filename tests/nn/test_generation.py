@@ -117,17 +117,17 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_array_equal(got, again)
 
 
-def test_a_choice_of_betas():
-    chosen = rev(deqjax.Reversible(**STATIC, beta=(0.5, 0.75)))
+def test_beta_of_run_time():
+    chosen = rev(deqjax.Reversible(**STATIC))
     want = rev(deqjax.Reversible(**STATIC, beta=0.75))(TOKENS)
     run = eqx.filter_jit(lambda m, t, i: m.extend(t, m.empty_cache(3), options=i)[0])
-    hidden = run(chosen, TOKENS, {"beta": jnp.array(1)})
+    hidden = run(chosen, TOKENS, {"beta": jnp.array(0.75)})
     assert error(chosen.logits(hidden), want) <= 1e-4
-    greedy = {"temperature": 0, "options": {"beta": 1}}
+    greedy = {"temperature": 0, "options": {"beta": 0.75}}
     text = generate(chosen, TOKENS, 1, **greedy)[:, 0]
     np.testing.assert_array_equal(text, jnp.argmax(want[:, -1], -1))
-    with pytest.raises(ValueError, match="chooses from a tuple"):
-        chosen.extend(TOKENS, chosen.empty_cache(3))
+    with pytest.raises(ValueError, match=r'`options\["beta"\]`.*1.5'):
+        chosen.extend(TOKENS, chosen.empty_cache(3), options={"beta": 1.5})
 
 
 def test_integers_of_64_bits(x64):

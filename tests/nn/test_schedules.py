@@ -24,24 +24,27 @@ from tests.helpers import error
 W = helpers.weights(jr.key(0), 3)
 X = jnp.array([0.3, -0.2, 0.9])
 cell = lambda z, x, key=None: jnp.tanh(z @ W + x)
+PICARD = DEQ(cell, solver=deqjax.Picard())
 
 
 def test_depth_and_beta_are_drawn_without_compiling_again():
     betas, depths = (0.3, 0.5, 0.7), (2, 3)
-    deq = RevDEQ(cell, num_steps=3, beta=betas)
+    deq = RevDEQ(cell, num_steps=3)
     traced = 0
 
     @jax.jit
     def run(key):
         nonlocal traced
         traced += 1
-        options = draw_options(deq, key, steps=depths)
+        options = draw_options(deq, key, steps=depths, betas=betas)
         return deq(X, options=options), options
 
     drawn = set()
     for i in range(12):
         z, options = run(jr.key(i))
-        which, steps = int(options["beta"]), int(options["step_budget"])
+        beta, steps = float(options["beta"]), int(options["step_budget"])
+        which = int(np.argmin(np.abs(np.array(betas) - beta)))
+        np.testing.assert_allclose(beta, betas[which], rtol=1e-6)
         fn = lambda z, a: cell(z, a)
         want = helpers.reversible(fn, jnp.zeros(3), X, steps, betas[which])
         assert error(z, want) <= 1e-5
@@ -52,8 +55,8 @@ def test_depth_and_beta_are_drawn_without_compiling_again():
 
 
 def test_gradients_are_those_of_the_drawn_depth():
-    deq = RevDEQ(cell, num_steps=3, beta=(0.5, 0.75))
-    options = {"beta": jnp.array(1), "step_budget": jnp.array(2)}
+    deq = RevDEQ(cell, num_steps=3)
+    options = {"beta": jnp.array(0.75), "step_budget": jnp.array(2)}
     got = jax.jit(jax.grad(lambda x: helpers.weigh(deq(x, options=options))))(X)
     plain = lambda x: helpers.weigh(
         helpers.reversible(lambda z, a: cell(z, a), jnp.zeros(3), x, 2, 0.75)
@@ -116,8 +119,8 @@ class Holder(eqx.Module):
 
 
 def test_what_was_drawn_for_a_solve_serves_pretraining_too():
-    deq = RevDEQ(cell, num_steps=10, beta=(0.3, 0.5))
-    options = draw_options(deq, jr.key(0), steps=(4, 10))
+    deq = RevDEQ(cell, num_steps=10)
+    options = draw_options(deq, jr.key(0), steps=(4, 10), betas=(0.3, 0.5))
     run = eqx.filter_jit(lambda deq, x, options: deq(x, options=options))
     first = run(Pretraining(num_updates=1)(deq, 0), X, options)
     np.testing.assert_array_equal(first, unrolled(deq, 2)(X))
@@ -181,6 +184,8 @@ def test_batch_norm_is_allowed_in_inference_mode_and_checked_at_the_call():
     [
         (lambda: draw_options(RevDEQ(cell), jr.key(0)), "nothing to draw"),
         (lambda: draw_options(RevDEQ(cell), jr.key(0), steps=(5,)), "max_steps` = 4"),
+        (lambda: draw_options(RevDEQ(cell), jr.key(0), betas=(0.5, 1.0)), "`betas`.*1"),
+        (lambda: draw_options(PICARD, jr.key(0), betas=(0.5,)), "Reversible.*Picard"),
         (lambda: draw_options(RevDEQ(cell), jr.key(0), steps=(0,)), "`steps`.*0"),
         (lambda: unrolled(cell, 2), "no equilibrium layer"),
         (lambda: unrolled(RevDEQ(cell), 0), "`num_steps`.*0"),

@@ -12,7 +12,7 @@ from tests.adjoints.test_mesh import COLLECTIVE, called_by_loops, case, spread
 from tests.helpers import OK, SOLVERS, error, norm_map
 
 # NewtonKrylov's linear solves do not run on explicit axes: lineax's closures do not.
-names = ["picard", "anderson", "broyden", "reversible", "exact"]
+names = ["picard", "anderson", "broyden", "reversible"]
 
 
 def program(name, tol):
@@ -48,7 +48,7 @@ def test_problems_of_a_sharded_batch_stay_where_they_are(name, kind, tol):
     else:
         # Whether all are done: one scalar, asked at most twice in a step of two parts.
         assert all(re.match(r"\(?(pred|s32)\[\]", shape) for shape, _ in found), found
-        assert len(found) <= (2 if name in {"reversible", "exact"} else 1), found
+        assert len(found) <= (2 if name == "reversible" else 1), found
 
 
 def test_a_problem_with_a_sharded_axis_is_solved_alike():
