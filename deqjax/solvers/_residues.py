@@ -160,12 +160,15 @@ class Residues(eqx.Module):
             exponent += jnp.where(crossed, jnp.where(upper, 1, -1), 0)
             exponent = _at_least(exponent + 1, digits, b) + coarse_own
             shared = top.astype(jnp.int32) + coarse
-            unit = _power(jnp.where(shares, shared, exponent) - digits, b.dtype)
+            exponent = jnp.where(shares, shared, exponent) - digits
+            unit, per_unit = _power(exponent, b.dtype), _power(-exponent, b.dtype)
             modulus = jnp.where(shares, self._modulus, self._own_modulus)
             code = jnp.where(shares, code, own % self._own_modulus)
             modulus, code = modulus.astype(unit.dtype), code.astype(unit.dtype)
             beta = jnp.asarray(beta, b.dtype)
-            guess = (new - beta * f) / (1 - beta) / unit
+            # In units from the start: a difference of the smallest normal numbers, or
+            # the product (1 − β) Δ, to which compilers turn two divisions, would be 0.
+            guess = (new * per_unit - beta * (f * per_unit)) / (1 - beta)
             n = code + modulus * jnp.round((guess - code) / modulus)
             a = n * unit
             known = at_start & (abs(a - start) <= unit / 2)
