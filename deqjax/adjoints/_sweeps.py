@@ -19,7 +19,7 @@ from .. import _tree
 from .._types import Counts, Reals
 from .._upstream import Carry, Inputs, unvmap_any, unvmap_max
 from ..solvers._base import Progress
-from ..solvers._residues import Record, Residues
+from ..solvers._residues import Record, Residues, least_digits
 from ..solvers._reversible import Reversible, ReversibleState, relax
 from ._loop import SolverLoop
 
@@ -75,8 +75,9 @@ class ForwardSweep(SolverLoop):
         self.betas = self.solver.beta
         self.residues: Residues | None = None
         if record_bits is not None:
+            digits = least_digits(inputs.fn, inputs.y0, inputs.args)
             self.residues = Residues(
-                self.betas, inputs.y0, record_bits, self.solver.batch_ndim
+                self.betas, inputs.y0, digits, record_bits, self.solver.batch_ndim
             )
 
     def __call__(
@@ -288,9 +289,9 @@ def reverse_sweep(
     none = jtu.tree_map(lambda x: jnp.zeros_like(x, dtype=jnp.uint8), z0)
     first = tape.pair, cts, jtu.tree_map(wide, moving), none
     pair, (ct_a, ct_b), gradient, worst = lax.fori_loop(0, trips, half, first)
-    # After the loop: on a mesh a maximum over all entries is communication.
-    # Compared before subtracted: where z₀ is a product, a − z₀ need not be 0 for a = z₀,
-    # since compilers contract it to one operation.
+    # After the loop: on a mesh a maximum over all entries is communication. Compared
+    # before it is subtracted: where z₀ is a product, compilers may contract a − z₀ to
+    # one operation, which is not 0 for a = z₀.
     apart = jtu.tree_map(
         lambda x, z, d: jnp.where(x == z, 0, d),
         pair,

@@ -29,6 +29,7 @@ Adams (2015), doi:10.48550/arXiv.1502.03492.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -39,11 +40,8 @@ from jaxtyping import Array, Bool, PyTree
 
 from .. import _tree
 
-# How far two evaluations of f may be apart at half of the capacity, in last places of
-# the row's bound. Results of 16 bits are accumulated in 32 and differ by a rounding.
-_GUARD = {2: 2.0, 4: 16.0, 8: 16.0}
-# log₂ of a row's bound over its typical size. Larger entries have a unit of their own.
-_HEADROOM = 3
+# log₂ of the largest entry with the unit of its row over the row's typical size.
+_HEADROOM, _HEADROOM_NARROW = 5, 3
 
 
 class Record(eqx.Module):
@@ -51,11 +49,11 @@ class Record(eqx.Module):
 
     Attributes:
         codes: per entry, an integer of `bits` bits (two to a byte if they are 4).
-        tops: per row, the exponent of the bound of its entries.
+        sizes: per row, the exponent of its typical size.
     """
 
     codes: PyTree
-    tops: PyTree
+    sizes: PyTree
 
 
 class Residues(eqx.Module):
@@ -64,23 +62,29 @@ class Residues(eqx.Module):
     Args:
         betas: the weight on f of every leaf.
         z: an example of the state.
+        digits: binary digits of the least precise numbers in f.
         bits: bits per entry and half step: 4, 8 or 16.
         batch_ndim: leading axes that index problems.
     """
 
+    digits: int = eqx.field(static=True)
     bits: int = eqx.field(static=True)
     batch_ndim: int = eqx.field(static=True)
-    # By how many binary digits the unit is coarser than the last place of the bound.
-    coarse: PyTree
-    coarse_own: PyTree
+    # Of every leaf, log₂ of the unit over the size that it follows.
+    shared_unit: PyTree
+    own_unit: PyTree
 
-    def __init__(self, betas: PyTree, z: PyTree, bits: int, batch_ndim: int):
-        self.bits, self.batch_ndim = bits, batch_ndim
-        for_modulus = lambda modulus: jtu.tree_map(
-            lambda x, beta: _coarseness(x.dtype, beta, modulus), z, betas
-        )
-        self.coarse = for_modulus(self._modulus)
-        self.coarse_own = for_modulus(self._own_modulus)
+    def __init__(
+        self, betas: PyTree, z: PyTree, digits: int, bits: int, batch_ndim: int
+    ):
+        self.digits, self.bits, self.batch_ndim = digits, bits, batch_ndim
+
+        def units(shared: bool) -> PyTree:
+            modulus = self._modulus if shared else self._own_modulus
+            leaf = lambda x, b: _unit(_digits(x.dtype), digits, b, modulus, shared)
+            return jtu.tree_map(leaf, z, betas)
+
+        self.shared_unit, self.own_unit = units(True), units(False)
 
     @property
     def _modulus(self) -> int:
@@ -94,24 +98,26 @@ class Residues(eqx.Module):
         """What is lost of a when `new` = (1 − β) a + β f, f = f(b), replaces it."""
 
         def leaf(
-            a: Array, b: Array, f: Array, new: Array, coarse: Any, coarse_own: Any
+            a: Array, b: Array, f: Array, new: Array, shared_unit: Any, own_unit: Any
         ) -> tuple[Array, Array]:
             digits = _digits(a.dtype)
             a, b, f, new = (x.astype(_tree.wide(x.dtype)) for x in (a, b, f, new))
-            size = jnp.maximum(jnp.maximum(abs(b), abs(f)), abs(new))
-            top = self._bound(f, digits)
-            unit = _power(top - digits + coarse, a.dtype)
-            code = _remainder(a / unit, self._modulus)
-            own, _ = _exponent(size)
-            unit = _power(_at_least(own + 1, digits, a) - digits + coarse_own, a.dtype)
-            code_own = _remainder(a / unit, self._own_modulus)
-            code_own += self._modulus + (own & 1) * self._own_modulus
-            largest, _ = _exponent(jnp.maximum(size, abs(a)))
-            code = jnp.where(largest < top, code, code_own)
-            return _pack(code, self.bits), top.astype(jnp.int16)
+            size = self._typical(f, digits)
+            unit = _power(size + shared_unit, a.dtype)
+            shared = _remainder(a / unit, self._modulus)
+            largest = jnp.maximum(jnp.maximum(abs(b), abs(f)), abs(new))
+            exponent, _ = _exponent(largest)
+            unit = _power(_normal(exponent + 1, digits, a.dtype) + own_unit, a.dtype)
+            own = _remainder(a / unit, self._own_modulus)
+            own += self._modulus + (exponent & 1) * self._own_modulus
+            exponent, _ = _exponent(jnp.maximum(largest, abs(a)))
+            shares = exponent < size + self._headroom(digits)
+            return _pack(jnp.where(shares, shared, own), self.bits), size.astype(
+                "int16"
+            )
 
-        codes, tops = _unzip(leaf, a, b, f, new, self.coarse, self.coarse_own, like=a)
-        return Record(codes, tops)
+        trees = (a, b, f, new, self.shared_unit, self.own_unit)
+        return Record(*_unzip(leaf, *trees, like=a))
 
     def undo(
         self,
@@ -142,25 +148,22 @@ class Residues(eqx.Module):
             new: Array,
             beta: Any,
             codes: Array,
-            top: Array,
+            size: Array,
             start: Array,
-            coarse: Any,
-            coarse_own: Any,
+            shared_unit: Any,
+            own_unit: Any,
         ) -> tuple[Array, Array]:
             dtype, digits = b.dtype, _digits(b.dtype)
             b, f, new, start = (x.astype(_tree.wide(dtype)) for x in (b, f, new, start))
             code = _unpack(codes, self.bits, b.shape)
-            shares = code < self._modulus
-            own = code - self._modulus
-            exponent, upper = _exponent(
-                jnp.maximum(jnp.maximum(abs(b), abs(f)), abs(new))
-            )
+            shares, own = code < self._modulus, code - self._modulus
+            largest = jnp.maximum(jnp.maximum(abs(b), abs(f)), abs(new))
+            exponent, upper = _exponent(largest)
             # The size recorded was that of a neighbour across a power of two.
             crossed = (exponent & 1) != (own // self._own_modulus)
             exponent += jnp.where(crossed, jnp.where(upper, 1, -1), 0)
-            exponent = _at_least(exponent + 1, digits, b) + coarse_own
-            shared = top.astype(jnp.int32) + coarse
-            exponent = jnp.where(shares, shared, exponent) - digits
+            exponent = _normal(exponent + 1, digits, b.dtype) + own_unit
+            exponent = jnp.where(shares, size.astype(jnp.int32) + shared_unit, exponent)
             unit, per_unit = _power(exponent, b.dtype), _power(-exponent, b.dtype)
             modulus = jnp.where(shares, self._modulus, self._own_modulus)
             code = jnp.where(shares, code, own % self._own_modulus)
@@ -175,16 +178,19 @@ class Residues(eqx.Module):
             repair = abs(n - guess) / (modulus / 2)
             return jnp.where(known, start, a).astype(dtype), repair
 
-        trees = (f, new, betas, record.codes, record.tops, start)
-        return _unzip(leaf, b, *trees, self.coarse, self.coarse_own, like=b)
+        trees = (f, new, betas, record.codes, record.sizes, start)
+        return _unzip(leaf, b, *trees, self.shared_unit, self.own_unit, like=b)
 
-    def _bound(self, f: Array, digits: int) -> Array:
-        """Per row, the exponent of a bound of all entries of a typical size.
+    def _headroom(self, digits: int) -> int:
+        return _HEADROOM if min(digits, self.digits) > 16 else _HEADROOM_NARROW
 
-        The typical size is that of f: entries at which f is 0 are on their way from the
-        start to 0, and any size may be found among them. It is the power mean with
-        exponent −¼, which hardly changes if half of a row is far larger than the other
-        half, or a few entries are far larger or smaller than all others.
+    def _typical(self, f: Array, digits: int) -> Array:
+        """Per row, the exponent of the typical size of its entries.
+
+        It is that of f: entries at which f is 0 are on their way from the start to 0,
+        and any size may be found among them. It is the power mean with exponent −¼,
+        which hardly changes if half of a row is far larger than the other half, or a
+        few entries are far larger or smaller than all others.
         """
         info = jnp.finfo(f.dtype)
         exponent, _ = _exponent(abs(f))
@@ -196,24 +202,56 @@ class Residues(eqx.Module):
         mean = total(jnp.where(seen, e, 0)) / count
         # Relative to the geometric mean, since single entries may be next to 0.
         power = jnp.where(seen, jnp.exp2(jnp.minimum(mean - e, 16) / 4), 0)
-        typical = mean - 4 * jnp.log2(jnp.maximum(total(power) / count, 1e-9))
-        top = jnp.ceil(typical).astype(jnp.int32) + _HEADROOM
-        top = jnp.where(total(seen) > 0, top, int(info.minexp))
-        return jnp.minimum(_at_least(top, digits, f), int(info.maxexp) - 1)
+        size = mean - 4 * jnp.log2(jnp.maximum(total(power) / count, 1e-9))
+        size = jnp.where(total(seen) > 0, jnp.ceil(size), info.minexp)
+        return _normal(size.astype(jnp.int32), digits, f.dtype)
 
 
-def _coarseness(dtype: Any, beta: Any, modulus: int) -> Any:
-    """Binary digits of the last place to give up, so that guesses find their integer.
+def _unit(digits: int, digits_f: int, beta: Any, modulus: int, shared: bool) -> Any:
+    """log₂ of the unit over the size that it follows.
 
-    A guess is off by (½ + β d) / (1 − β) if evaluations are d units apart.
+    A guess is off by (½ + β d) / (1 − β) units if evaluations are d units apart; the
+    unit is so coarse that this is half of the capacity for a d that is to be expected.
     """
-    guard = _GUARD[jnp.dtype(dtype).itemsize]
+    narrow = min(digits, digits_f) <= 16
+    finest = digits
+    if shared:
+        # Entries around the typical size lose no digit, or few of many.
+        finest = digits if digits <= 16 else digits - 3
+        expected = 8.0 if digits <= 16 else 16.0
+    else:
+        expected = 2.0 if narrow else 8.0
+    noise = finest
+    if digits_f < digits:
+        noise = digits_f + 3 if shared and digits_f <= 16 else digits_f
+    extra = finest - min(noise, finest)
+
+    def needed(beta: Any) -> Any:
+        return (0.5 + expected * beta) / (1 - beta) / (modulus / 4)
+
     if isinstance(beta, float | int):
-        needed = (0.5 + guard * beta) / (1 - beta) / (modulus / 4)
-        return max(0, math.ceil(math.log2(needed)))
-    beta = lax.stop_gradient(beta).astype(jnp.float32)
-    needed = (0.5 + guard * beta) / (1 - beta) / (modulus / 4)
-    return jnp.maximum(jnp.ceil(jnp.log2(needed)), 0).astype(jnp.int32)
+        return max(0, extra + math.ceil(math.log2(needed(beta)))) - finest
+    log2 = jnp.log2(needed(lax.stop_gradient(beta).astype(jnp.float32)))
+    return jnp.maximum(0, extra + jnp.ceil(log2).astype(jnp.int32)) - finest
+
+
+def least_digits(fn: Callable, z: PyTree, args: PyTree) -> int:
+    """Binary digits of the least precise floating-point numbers that fn computes."""
+    found = [_digits(x.dtype) for x in jtu.tree_leaves(z)]
+
+    def visit(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            dtypes = [getattr(v.aval, "dtype", jnp.bool_) for v in eqn.outvars]
+            inexact = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
+            found.extend(_digits(d) for d in inexact)
+            params = list(eqn.params.values())
+            for inner in jtu.tree_leaves(params, is_leaf=lambda p: hasattr(p, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(eqx.filter_make_jaxpr(fn)(z, args)[0].jaxpr)
+    return min(found)
 
 
 def _digits(dtype: Any) -> int:
@@ -221,10 +259,10 @@ def _digits(dtype: Any) -> int:
     return int(jnp.finfo(dtype).nmant) + 1
 
 
-def _at_least(top: Array, digits: int, like: Any) -> Array:
-    """Exponents, but not so small that the unit is no normal number."""
-    info = jnp.finfo(getattr(like, "dtype", like))
-    return jnp.maximum(top, int(info.minexp) + digits)
+def _normal(exponent: Array, digits: int, dtype: Any) -> Array:
+    """An exponent in the range for which units are normal numbers."""
+    info = jnp.finfo(dtype)
+    return jnp.clip(exponent, int(info.minexp) + digits, int(info.maxexp) - 1)
 
 
 def _remainder(x: Array, modulus: int) -> Array:
