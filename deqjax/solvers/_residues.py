@@ -163,7 +163,7 @@ class Residues(eqx.Module):
             crossed = (exponent & 1) != (own // self._own_modulus)
             exponent += jnp.where(crossed, jnp.where(upper, 1, -1), 0)
             exponent = _normal(exponent + 1, digits, b.dtype) + own_unit
-            exponent = jnp.where(shares, size + shared_unit, exponent)
+            exponent = jnp.where(shares, size.astype(jnp.int32) + shared_unit, exponent)
             unit, per_unit = _power(exponent, b.dtype), _power(-exponent, b.dtype)
             modulus = jnp.where(shares, self._modulus, self._own_modulus)
             code = jnp.where(shares, code, own % self._own_modulus)
