@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._convolutions import rewrite
 from ._upstream import bind
 
 # Only move or repeat entries: cheaper to do again than to keep.
@@ -42,6 +43,8 @@ def fold(
         `rest(z, kept) == fn(z, args)` for every z.
     """
     traced, struct, static = eqx.filter_make_jaxpr(fn)(z, args)
+    # Once, here, for all loops: what is derived from a canonical map is canonical.
+    traced = rewrite(traced)
     inputs = [x for x in jtu.tree_leaves((z, args)) if eqx.is_array(x)]
     size = len(jtu.tree_leaves(z))
     varies = [i < size for i in range(len(inputs))]

@@ -16,8 +16,9 @@ from equinox.internal import (
     while_loop as while_loop,
 )
 
-# Loops of static length up to this one are unrolled: XLA schedules across the steps,
-# and on the CPU a convolution's input gradient is about 20 times slower inside a loop.
+# Loops of static length up to this one are unrolled if they are backpropagated through:
+# equinox's checkpointed loop took 1.7 times the time (8 Picard steps on an MLP), and
+# three times the time to compile; `lax.scan` up to 1.7 times the memory.
 UNROLL = 8
 
 

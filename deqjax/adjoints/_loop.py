@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._convolutions import rewrite
 from .._upstream import (
     UNROLL as UNROLL,
     Carry,
@@ -139,18 +140,17 @@ class SolverLoop:
                 "`max_steps` is None; give a number of steps, or tolerances."
             )
         budget = self.inputs.options.get("step_budget")
-        short = max_steps <= UNROLL and self.inputs.solver.unrolls
-        if budget is None and short and self.checkpoints is None:
-            final = init
-            for _ in range(max_steps):
-                final = body(final)
-        elif self.kind == "lax":
+        if self.kind == "lax":
             steps = max_steps if budget is None else jnp.minimum(budget, max_steps)
             # What the body says of termination is dropped, so that nothing is
             # computed for it.
             final = lax.fori_loop(
                 0, steps, lambda _, val: _keep_verdict(body(val), init), init
             )
+        elif budget is None and max_steps <= UNROLL and self.checkpoints is None:
+            final = init
+            for _ in range(max_steps):
+                final = body(final)
         else:
             final = self._while(
                 lambda val: jnp.asarray(self._within_budget(val[0])),
@@ -208,7 +208,11 @@ def _keep_verdict(new: tuple, old: tuple) -> tuple:
 def as_inputs(inputs: tuple) -> Inputs:
     """Name the tuple that optimistix hands to an adjoint."""
     named = Inputs(*inputs)
-    return named._replace(options={} if named.options is None else named.options)
+    return named._replace(
+        # A map that `deqjax.fixed_point` has not seen; its jaxpr is a leaf.
+        fn=rewrite(named.fn),
+        options={} if named.options is None else named.options,
+    )
 
 
 def detach(extras: Extras) -> Extras:

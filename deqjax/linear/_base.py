@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import check_count
+from .._convolutions import rewrite
 from .._types import Flags, Reals
 from ._options import (
     as_arrays,
@@ -118,7 +119,8 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         check_tolerance("atol", self.atol, batch)
         check_preconditioner(options, structure)
         check_start(options, structure)
-        return lx.linearise(operator)
+        # Its products are made in loops. Jaxprs are leaves of operators.
+        return lx.linearise(rewrite(operator))
 
     def transpose(
         self, state: lx.AbstractLinearOperator, options: dict[str, Any]
@@ -145,7 +147,7 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         k = self.batch_ndim
         dtypes = jtu.tree_map(lambda leaf: leaf.dtype, state.in_structure())
-        preconditioner = options.get("preconditioner")
+        preconditioner = rewrite(options.get("preconditioner"))
 
         # Squares of small entries would vanish, those of large ones overflow. Scaled by
         # powers of two, the x returned is exactly the one whose residual is known.

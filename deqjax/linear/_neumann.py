@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from .. import _tree
 from .._checks import check_beta, check_count
 from .._types import Flags, Reals
-from .._upstream import UNROLL, unvmap_any
+from .._upstream import unvmap_any
 from ._base import AbstractIterative, Linear, Outcome, System
 
 
@@ -185,12 +185,7 @@ def series(
     if x is None:
         x, left = correct(_tree.zeros_like(b), b), num_terms - 1
     step = lambda x: correct(x, _tree.subtract(b, product(x)))
-    if num_terms <= UNROLL:
-        for _ in range(left):
-            x = step(x)
-    else:
-        x = lax.fori_loop(0, left, lambda _, x: step(x), x)
-    return x, left
+    return lax.fori_loop(0, left, lambda _, x: step(x), x), left
 
 
 def add(beta: float | Array, x: PyTree, r: PyTree) -> PyTree:

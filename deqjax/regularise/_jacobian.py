@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import _tree
 from .._checks import check_count
+from .._convolutions import canonical
 
 
 def jacobian_norm(
@@ -155,7 +156,7 @@ def jacobian_spectral_norm(
     z = lax.stop_gradient(z)
     f = lambda z: fn(z, args)
     _check(f, z, batch_ndim)
-    product = jax.linearize(f, z)[1]
+    product = jax.linearize(canonical(f), z)[1]
     transposed = jax.linear_transpose(product, z)
 
     def step(_: Any, v: PyTree) -> PyTree:

@@ -134,9 +134,6 @@ class AbstractSolver(
     # Of the stopping rule; optimistix asks every solver for it.
     norm: ClassVar[Callable[[PyTree], Array]] = staticmethod(optx.two_norm)
 
-    # Whether static loops of few steps are unrolled; not if a step has loops itself.
-    unrolls: ClassVar[bool] = True
-
     known_options: ClassVar[frozenset[str]] = frozenset({"step_budget", "record"})
 
     def __check_init__(self):

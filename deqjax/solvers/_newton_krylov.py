@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -130,8 +130,6 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         D. A. Knoll, D. E. Keyes (2004), Jacobian-free Newton–Krylov methods: a survey
         of approaches and applications, doi:10.1016/j.jcp.2003.08.010.
     """
-
-    unrolls: ClassVar[bool] = False
 
     rtol: Tolerance = 1e-4
     atol: Tolerance = 1e-6

@@ -78,7 +78,7 @@ def test_costs_one_evaluation_and_one_product_per_term(x64):
     assert counter.pulls == 4
 
 
-@pytest.mark.parametrize("terms", [3, 9], ids=["unrolled", "loop"])
+@pytest.mark.parametrize("terms", [1, 3, 9])
 def test_half_precision_adds_up_in_float32(terms):
     slope, terms_wide = 0.75, sum(0.75**t for t in range(terms))
     fn = lambda z, a: jnp.bfloat16(slope) * z + a
