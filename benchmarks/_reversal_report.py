@@ -11,15 +11,20 @@ import numpy as np
 RECORDS = ("16 bits", "8 bits", "4 bits")
 
 
-def coarseness(bits: int, beta: float, guard: float = 16.0) -> int:
-    """Binary digits by which a row's unit is coarser than its bound's last place."""
-    needed = (0.5 + guard * beta) / (1 - beta) / (3 * 2 ** (bits - 2) / 4)
+def moduli(bits: int) -> tuple[int, int]:
+    """What is recorded of an integer: its remainder modulo these, by kind of unit."""
+    return 3 * 2 ** (bits - 2), 2 ** (bits - 3)
+
+
+def coarseness(modulus: int, beta: float, guard: float = 16.0) -> int:
+    """Binary digits by which a unit is coarser than the last place of its bound."""
+    needed = (0.5 + guard * beta) / (1 - beta) / (modulus / 4)
     return max(0, math.ceil(math.log2(needed)))
 
 
-def tolerated(bits: int, beta: float) -> float:
+def tolerated(modulus: int, beta: float) -> float:
     """The difference of two evaluations that fills the capacity, in last places."""
-    capacity = 3 * 2 ** (bits - 2) / 2 * 2 ** coarseness(bits, beta)
+    capacity = modulus / 2 * 2 ** coarseness(modulus, beta)
     return (capacity * (1 - beta) - 0.5) / beta
 
 
@@ -31,30 +36,36 @@ def _grid(head: list[str], body: list[list[str]]) -> list[str]:
 def _errors(results: dict[str, Any]) -> list[str]:
     """Gradient errors, drifts and largest repairs."""
     head = ["map", "β", "N", *RECORDS, "no record", "backpropagation"]
-    head += ["drift of the three", "drift, no record", "largest repair, 16 / 8 / 4"]
+    head += ["drift: 16 and 8 bits", "4 bits", "no record"]
+    head += ["largest repair: 16 bits", "8 bits"]
     body = []
     for row in results["errors"]:
-        if row["beta"] == 0.95 or row["steps"] not in (4, 16, 64, 128):
+        if row["steps"] not in (4, 16, 64):
             continue
         methods = (*RECORDS, "no record", "backpropagation")
-        drift = max(row[f"drift, {name}"] for name in RECORDS)
+        drifts = {name: row[f"drift, {name}"] for name in methods[:-1]}
+        both = max(drifts["16 bits"], drifts["8 bits"])
         body.append(
             [
                 row["map"],
                 str(row["beta"]),
                 str(row["steps"]),
                 *(f"{row[name]:.0e}" for name in methods),
-                f"{drift:.0e}" if drift else "0",
-                f"{row['drift, no record']:.0e}",
-                " / ".join(f"{row[f'repair, {name}']:.2f}" for name in RECORDS),
+                *(_drift(x) for x in (both, drifts["4 bits"], drifts["no record"])),
+                *(f"{row[f'repair, {name}']:.3f}" for name in RECORDS[:2]),
             ]
         )
     return _grid(head, body)
 
 
+def _drift(drift: float) -> str:
+    return f"{drift:.0e}" if drift else "0"
+
+
 def _tolerance(results: dict[str, Any]) -> list[str]:
     """By the formula, and as measured."""
-    head = ["bits", "β", "unit", "tolerated, by the formula", "measured"]
+    head = ["bits", "β", "row's unit / typical entry", "tolerated / typical entry"]
+    head += ["own unit / entry", "tolerated / entry", "measured / typical entry"]
     body = []
     for bits in (4, 8, 16):
         for beta in sorted({row["beta"] for row in results["tolerance"]}):
@@ -65,9 +76,12 @@ def _tolerance(results: dict[str, Any]) -> list[str]:
             ]
             sound = itertools.takewhile(lambda row: row["drift"] == 0, rows)
             most = max((row["noise"] for row in sound), default=None)
-            # A row's bound is 8 to 16 times its typical entry.
-            shown = [8 * 2**-24 * 2 ** coarseness(bits, beta)]
-            shown.append(8 * 2**-24 * tolerated(bits, beta))
+            # A row's bound is 8 to 16 typical entries, one's own 1 to 2 times itself.
+            shown = [
+                bound * places * 2**-24
+                for bound, modulus in zip((8, 1), moduli(bits), strict=True)
+                for places in (2 ** coarseness(modulus, beta), tolerated(modulus, beta))
+            ]
             entries = [f"{x:.0e}" for x in shown]
             entries.append("–" if most is None else f"{most:.0e}")
             body.append([str(bits), str(beta), *entries])
