@@ -3,7 +3,7 @@
 import itertools
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,21 +11,41 @@ import numpy as np
 RECORDS = ("16 bits", "8 bits", "4 bits")
 
 
-def moduli(bits: int) -> tuple[int, int]:
-    """What is recorded of an integer: its remainder modulo these, by kind of unit."""
-    return 3 * 2 ** (bits - 2), 2 ** (bits - 3)
+class Unit(NamedTuple):
+    """A kind of unit of a float32 state, with so many bits and so large a β.
+
+    Attributes:
+        modulus: what is recorded of an integer is its remainder modulo this.
+        finest: binary digits from the size that the unit follows to the finest unit.
+        expected: the difference of two evaluations, in finest units, for which half of
+            the capacity has to suffice.
+        beta: the weight on f.
+    """
+
+    modulus: int
+    finest: int
+    expected: float
+    beta: float
+
+    @property
+    def size(self) -> float:
+        """The unit, relative to the size that it follows."""
+        needed = (0.5 + self.expected * self.beta) / (1 - self.beta)
+        coarser = max(0, math.ceil(math.log2(needed / (self.modulus / 4))))
+        return 2.0 ** (coarser - self.finest)
+
+    @property
+    def tolerated(self) -> float:
+        """The difference of two evaluations that fills the capacity."""
+        rounding = 0.5 * 2.0**-self.finest
+        capacity = self.modulus / 2 * self.size
+        return (capacity * (1 - self.beta) - rounding) / self.beta
 
 
-def coarseness(modulus: int, beta: float, guard: float = 16.0) -> int:
-    """Binary digits by which a unit is coarser than the last place of its bound."""
-    needed = (0.5 + guard * beta) / (1 - beta) / (modulus / 4)
-    return max(0, math.ceil(math.log2(needed)))
-
-
-def tolerated(modulus: int, beta: float) -> float:
-    """The difference of two evaluations that fills the capacity, in last places."""
-    capacity = modulus / 2 * 2 ** coarseness(modulus, beta)
-    return (capacity * (1 - beta) - 0.5) / beta
+def units(bits: int, beta: float) -> tuple[Unit, Unit]:
+    """Of a row's typical entries, and of its outliers."""
+    shared = Unit(3 * 2 ** (bits - 2), 21, 16.0, beta)
+    return shared, Unit(2 ** (bits - 3), 24, 8.0, beta)
 
 
 def _grid(head: list[str], body: list[list[str]]) -> list[str]:
@@ -64,8 +84,8 @@ def _drift(drift: float) -> str:
 
 def _tolerance(results: dict[str, Any]) -> list[str]:
     """By the formula, and as measured."""
-    head = ["bits", "β", "row's unit / typical entry", "tolerated / typical entry"]
-    head += ["own unit / entry", "tolerated / entry", "measured / typical entry"]
+    head = ["bits", "β", "row's unit / typical size", "tolerated / typical size"]
+    head += ["own unit / outlier", "tolerated / outlier", "measured / typical size"]
     body = []
     for bits in (4, 8, 16):
         for beta in sorted({row["beta"] for row in results["tolerance"]}):
@@ -76,12 +96,7 @@ def _tolerance(results: dict[str, Any]) -> list[str]:
             ]
             sound = itertools.takewhile(lambda row: row["drift"] == 0, rows)
             most = max((row["noise"] for row in sound), default=None)
-            # A row's bound is 8 to 16 typical entries, one's own 1 to 2 times itself.
-            shown = [
-                bound * places * 2**-24
-                for bound, modulus in zip((8, 1), moduli(bits), strict=True)
-                for places in (2 ** coarseness(modulus, beta), tolerated(modulus, beta))
-            ]
+            shown = [x for u in units(bits, beta) for x in (u.size, u.tolerated)]
             entries = [f"{x:.0e}" for x in shown]
             entries.append("–" if most is None else f"{most:.0e}")
             body.append([str(bits), str(beta), *entries])
@@ -182,7 +197,7 @@ def figure(results: dict[str, Any], path: pathlib.Path) -> None:
     right.plot([], [], "kx", label="drift reported")
     right.axhline(1, color="0.5", lw=0.8)
     right.set_title("post-norm block, β = 0.8, disturbed")
-    right.set_xlabel("difference of two evaluations / typical entry")
+    right.set_xlabel("difference of two evaluations / typical size")
     right.set_ylabel("largest repair / capacity")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
