@@ -10,11 +10,11 @@ import deqjax
 from tests import helpers
 from tests.helpers import error, inner, problem, weigh
 
-arithmetics = pytest.mark.parametrize("arithmetic", ["float", "exact"])
+arithmetics = pytest.mark.parametrize("arithmetic", ["exact"])
 
 
 def solver(arithmetic, beta=0.5, tol=None, **kwargs):
-    return deqjax.Reversible(tol, tol, beta=beta, arithmetic=arithmetic, **kwargs)
+    return deqjax.Reversible(tol, tol, beta=beta, **kwargs)
 
 
 def loss(p, solver, **kwargs):
