@@ -149,8 +149,8 @@ def footer(results: dict[str, Any]) -> str:
     for commit, row in later.items():
         name = row.get("solver", row.get("gradient"))
         text += (
-            f" `{name}` was measured again at commit {commit}, on a busier machine: its "
-            "ratios and memory compare with the others', its seconds do not."
+            f" `{name}` was measured again at commit {commit}, on a busier machine: "
+            "its ratios and memory compare with the others', its seconds do not."
         )
     return text
 
