@@ -61,7 +61,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
             are rebuilt to a unit that follows the typical size of their row, and that
             is the coarser the fewer the bits, the larger β and the less precise the
             numbers in f. With 8 bits, evaluations of a float32 f may differ by about
-            1e-5 of the typical size at β up to 0.9. 16 tolerate and resolve more: for
+            4e-6 of the typical size at β up to 0.9. 16 tolerate and resolve more: for
             an f whose noise is far above its rounding, or β near 1. 4 are for β up to
             0.5.
         on_drift: what the gradient is if the drift of any problem exceeds the
