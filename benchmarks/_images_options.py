@@ -121,8 +121,7 @@ def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         choices=MODELS,
         help="revdeq: cells solved by the reversible solver, in a fixed number of "
-        "steps; deq: cells solved to a tolerance (slow on a CPU, where XLA runs "
-        "convolutions' gradients badly inside loops); explicit: cells applied once. "
+        "steps; deq: cells solved to a tolerance; explicit: cells applied once. "
         "Default: revdeq",
     )
     add(

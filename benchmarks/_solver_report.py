@@ -138,10 +138,21 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
 def footer(results: dict[str, Any]) -> str:
     """On what it was measured."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v)
-    return (
+    text = (
         f"Measured on {results['device']}, commit {results['commit']}, seed "
         f"{results['seed']}: {versions}."
     )
+    parts = [part for part in results.values() if isinstance(part, list)]
+    rows = [row for part in parts for row in part if isinstance(row, dict)]
+    # Rows that were measured again alone say so.
+    later = {row["commit"]: row for row in rows if "commit" in row}
+    for commit, row in later.items():
+        name = row.get("solver", row.get("gradient"))
+        text += (
+            f" `{name}` was measured again at commit {commit}, on a busier machine: "
+            "its ratios and memory compare with the others', its seconds do not."
+        )
+    return text
 
 
 def table(results: dict[str, Any]) -> str:

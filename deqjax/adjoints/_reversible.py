@@ -57,12 +57,13 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     they differentiate the plain loop of `max_steps` steps and keep two states per step.
 
     Args:
-        record_bits: bits to record per entry of z and evaluation, 4, 8 or 16. With 8,
-            evaluations may differ by about 16 units in the last place of the largest
-            entry of a row of z, at any β, until half of the capacity is taken. Fewer
-            bits resolve the states more coarsely, more bits tolerate more: 16 are for
-            an f whose noise is far above the rounding of z, with products of bfloat16
-            in a float32 state for example.
+        record_bits: bits to record per entry of z and evaluation, 4, 8 or 16. States
+            are rebuilt to a unit that follows the typical size of their row, and that
+            is the coarser the fewer the bits, the larger β and the less precise the
+            numbers in f. With 8 bits, evaluations of a float32 f may differ by about
+            4e-6 of the typical size at β up to 0.9. 16 tolerate and resolve more: for
+            an f whose noise is far above its rounding, or β near 1. 4 are for β up to
+            0.5.
         on_drift: what the gradient is if the drift of any problem exceeds the
             tolerance: `"nan"`, `"raise"` an error, or `"recompute"` by backpropagation
             through the steps, which keeps two states per step.

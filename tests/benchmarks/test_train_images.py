@@ -103,6 +103,11 @@ def test_a_trained_model_loads_again(finished):
     np.testing.assert_array_equal(jnp.argmax(logits, 1), revdeq.predictions)
 
 
+def test_choices_that_are_no_more_are_left_out(finished):
+    _, config, _ = finished
+    assert Config.from_json({**config.to_json(), "arithmetic": "exact"}) == config
+
+
 def test_table_holds_both(finished):
     _, _, runs = finished
     console = Console(width=100)
@@ -267,10 +272,7 @@ def test_defaults_follow_the_choices(text, steps, beta, solver, adjoint, rtol):
         ("--model deq --adjoint reversible", "--adjoint: got reversible, which undoes"),
         ("--solver picard", "--solver: got picard, but --model revdeq"),
         ("--model explicit --beta 0.5", "--beta: of no use with --model explicit"),
-        (
-            "--model deq --arithmetic exact",
-            "--arithmetic: of no use with --solver picard",
-        ),
+        ("--arithmetic exact", "unrecognized arguments: --arithmetic exact"),
         ("--channels 8 8 --widths 1", "--widths: got 1 values for 2 scales"),
         ("--channels 8 8 8 8", "--channels: got 4 scales with --pool 2"),
         ("--batch-size 899", "--batch-size: got 899, but there are only 898"),
