@@ -16,9 +16,12 @@ from deqjax.solvers._reversible import relax
 BITS = (4, 8, 16)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BETAS = (0.3, 0.5, 0.8, 0.95)
-# Binary digits, and last places that two evaluations may be apart.
+# Binary digits; those below the typical size of a row that a unit keeps, and how many
+# such units two evaluations may be apart; the same below an entry with a unit of its own.
 DIGITS = {"float32": 24, "bfloat16": 8, "float16": 11, "float64": 53}
-GUARD = {"float32": 16, "bfloat16": 2, "float16": 2, "float64": 16}
+SHARED = {"float32": (21, 16), "bfloat16": (8, 8), "float16": (11, 8), "float64": (50, 16)}
+OWN = {"float32": (24, 8), "bfloat16": (8, 2), "float16": (11, 2), "float64": (53, 8)}
+MOST = 53
 WIDTH = 13
 
 
@@ -50,17 +53,17 @@ def half(betas, a, f):
 
 @ft.partial(jax.jit, static_argnums=0)
 def record(bits, betas, a, b, f, new):
-    residues = Residues(betas, a, bits, 0)
+    residues = Residues(betas, a, MOST, bits, 0)
     found = residues.record(a, b, f, new)
     codes = jax.tree.map(
         lambda c, x: _residues._unpack(c, bits, x.shape), found.codes, a
     )
-    return found, codes, residues.coarse, residues.coarse_own
+    return found, codes, residues.shared_unit, residues.own_unit
 
 
 @ft.partial(jax.jit, static_argnums=0)
 def undo(bits, betas, b, f, new, found, start, at_start):
-    residues = Residues(betas, b, bits, 0)
+    residues = Residues(betas, b, MOST, bits, 0)
     return residues.undo(b, f, new, betas, found, start, at_start)
 
 
@@ -150,13 +153,13 @@ def all_halves():
     news = half(betas, a, f)
     out = {}
     for bits in BITS:
-        found, codes, coarse, coarse_own = record(bits, betas, a, b, f, news)
+        found, codes, shared, own = record(bits, betas, a, b, f, news)
         trees = betas, a, b, f, news, found
         parts = {x: {} for x in ("unit", "modulus", "shares", "n")}
         for name in DTYPES:
-            check_coarseness(name, betas[name], coarse[name], 3 * 2 ** (bits - 2))
-            check_coarseness(name, betas[name], coarse_own[name], 2 ** (bits - 3))
-            each = reference(bits, name, trees, codes, coarse, coarse_own)
+            check_unit(SHARED[name], betas[name], shared[name], 3 * 2 ** (bits - 2))
+            check_unit(OWN[name], betas[name], own[name], 2 ** (bits - 3))
+            each = reference(bits, name, trees, codes, shared, own)
             for part, value in zip(parts, each, strict=True):
                 parts[part][name] = value
         out[bits] = Halves(rows, trees, {k: wide(x) for k, x in news.items()}, **parts)
@@ -168,18 +171,21 @@ def halves(x64):
     return all_halves()
 
 
-def check_coarseness(name, beta, coarse, modulus):
-    """Half of the capacity for evaluations as far apart as the guard; not less."""
-    off = (0.5 + GUARD[name] * wide(beta)) / (1 - wide(beta)) / 2.0 ** wide(coarse)
+def check_unit(promise, beta, unit, modulus):
+    """Half of the capacity for evaluations as far apart as is promised; no coarser."""
+    finest, apart = promise
+    coarse = wide(unit) + finest
+    assert (coarse >= 0).all()
+    off = (0.5 + apart * wide(beta)) / (1 - wide(beta)) / 2.0**coarse
     assert (off <= modulus / 4 * (1 + 1e-5)).all()
-    assert ((off > modulus / 8 * (1 - 1e-5)) | (np.asarray(coarse) == 0)).all()
+    assert ((off > modulus / 8 * (1 - 1e-5)) | (coarse == 0)).all()
 
 
-def reference(bits, name, trees, codes, coarse, coarse_own):
+def reference(bits, name, trees, codes, shared_unit, own_unit):
     """The unit, modulus and multiple of every entry; the code is checked."""
     _, a, b, f, new, found = trees
     modulus, own_modulus = 3 * 2 ** (bits - 2), 2 ** (bits - 3)
-    code, top = np.asarray(codes[name]), np.asarray(found.tops[name]).astype(int)
+    code, size = np.asarray(codes[name]), np.asarray(found.sizes[name]).astype(int)
     assert found.codes[name].dtype == ("uint16" if bits == 16 else "uint8")
     assert found.codes[name].shape[1] == ((WIDTH + 1) // 2 if bits == 4 else WIDTH)
     assert (code < 2**bits).all()
@@ -188,14 +194,11 @@ def reference(bits, name, trees, codes, coarse, coarse_own):
     real = "float64" if name == "float64" else "float32"
     info = np.finfo(real)
     least = int(info.minexp) + DIGITS[name]
-    size = np.max(np.abs([x[name].astype(real) for x in (b, f, new)]), 0)
-    exponent = np.where(size > 0, np.frexp(size)[1] - 1, least - 1)
-    own_top = np.maximum(exponent + 1, least)
-    shared_unit = np.ldexp(np.longdouble(1), top - DIGITS[name] + np.asarray(coarse[name]))
-    own_unit = np.ldexp(
-        np.longdouble(1), own_top - DIGITS[name] + np.asarray(coarse_own[name])
-    )
-    unit = np.where(shares, shared_unit, own_unit)
+    largest = np.max(np.abs([x[name].astype(real) for x in (b, f, new)]), 0)
+    exponent = np.where(largest > 0, np.frexp(largest)[1] - 1, least - 1)
+    own = np.maximum(exponent + 1, least) + np.asarray(own_unit[name])
+    exponents = np.where(shares, size + np.asarray(shared_unit[name]), own)
+    unit = np.ldexp(np.longdouble(1), exponents)
     n = np.rint(wide(a[name]) / unit)
     # In Python's integers, of any length.
     digit = np.where(shares, code, (code - modulus) % own_modulus)
@@ -204,7 +207,7 @@ def reference(bits, name, trees, codes, coarse, coarse_own):
     want = [int(i) % int(j) for i, j in zip(n[known], m[known], strict=True)]
     np.testing.assert_array_equal(digit[known], want)
     parity = (code - modulus) // own_modulus
-    assert (parity == exponent % 2)[~shares & (size >= info.tiny)].all()
+    assert (parity == exponent % 2)[~shares & (largest >= info.tiny)].all()
     return unit, m, shares, n
 
 
@@ -249,16 +252,20 @@ def test_states_are_found_again_to_the_unit(bits, halves):
 def test_units_are_as_fine_as_the_row_allows(bits, halves):
     h = halves[bits]
     for name in DTYPES:
-        rows, last = h.rows[name], 2.0 ** -DIGITS[name]
+        rows = h.rows[name]
         kinds = {"normal", "one large entry", "constant", "times 1e+20", "times 0.01"}
-        plain = np.isin(rows.kinds, list(kinds))
+        plain = np.isin(rows.kinds, list(kinds))[:, None]
         f = abs(wide(rows.f))
         typical = np.median(f, 1, keepdims=True)
         largest = np.maximum(np.maximum(f, abs(h.new[name])), abs(wide(rows.b)))
-        reach = np.where(h.shares[name], 32 * typical, 2 * largest)
-        off = (0.5 + GUARD[name] * rows.betas) / (1 - rows.betas)
-        coarse = np.maximum(1, 2 * off / (h.modulus[name] / 4))
-        assert (h.unit[name] <= reach * last * coarse)[plain].all()
+        for shares, size, (digits, apart) in (
+            (True, 4 * typical, SHARED[name]),
+            (False, 2 * largest, OWN[name]),
+        ):
+            off = (0.5 + apart * rows.betas) / (1 - rows.betas)
+            coarse = np.maximum(1, 2 * off / (h.modulus[name] / 4))
+            fine = h.unit[name] <= size * 2.0**-digits * coarse
+            assert fine[plain & (h.shares[name] == shares)].all()
         # What is far above its row has a unit of its own.
         alone = ~h.shares[name][rows.kinds == "one large entry"]
         assert alone[:, 3].mean() > 0.9
@@ -296,7 +303,8 @@ def test_a_disturbed_evaluation_is_repaired_within_the_capacity(bits, part, halv
         lost = (n - h.n[name])[beyond] / h.modulus[name][beyond]
         rounding = abs(n)[beyond] * 2.0 ** -DIGITS[name] / h.modulus[name][beyond]
         assert (abs(lost - np.rint(lost)) <= rounding).all()
-        assert (abs(lost) > 0.9).all()
+        assert (abs(lost) + rounding > 0.9).all()
+        assert (abs(lost) > 0.9).mean() > 0.99
         if part < 1:
             assert inside.sum() > 0.5 * normal.sum()
         else:
@@ -309,7 +317,7 @@ def test_sizes_next_to_a_power_of_two_are_settled_by_the_parity(ulps, x64):
     for name in DTYPES:
         step = 2.0 ** -DIGITS[name]
         z = np.ones((4, 9))
-        z[:, 4] = [2**5, -(2**6), 2**9, -(2**10)]
+        z[:, 4] = [2**7, -(2**8), 2**9, -(2**10)]
         below, above = z.copy(), z.copy()
         below[:, 4] *= 1 - ulps * step
         above[:, 4] *= 1 + 2 * ulps * step
@@ -369,6 +377,28 @@ def test_rows_that_are_no_numbers_spoil_only_themselves(halves):
             assert not (np.asarray(repairs[name])[rows, entry] <= 1).any()
 
 
+def test_numbers_of_lower_precision_in_f(x64):
+    """A state of 32 bits and products of bfloat16, which are off by their roundings."""
+    rng = np.random.default_rng(5)
+    a, b, f, noise = (jnp.float32(rng.normal(size=(40, 24))) for _ in "abfn")
+    off = f * (1 + 2.0**-8 * jnp.tanh(noise))
+
+    @ft.partial(jax.jit, static_argnums=0)
+    def run(digits, beta):
+        residues = Residues(beta, a, digits, 8, 0)
+        new = relax(a, f, beta)
+        found = residues.record(a, b, f, new)
+        return residues.undo(b, off, new, beta, found, a, jnp.array(False))
+
+    for beta in map(jnp.float32, (0.5, 0.9)):
+        state, repair = run(8, beta)
+        assert 0.02 < float(jnp.max(repair)) <= 0.5
+        # To the resolution that such evaluations have.
+        assert float(jnp.max(jnp.abs(state - a))) <= 2.0**-6 / (1 - beta)
+        lost, _ = run(24, beta)
+        assert float(jnp.max(jnp.abs(lost - a))) > 2.0**-8
+
+
 # --- shapes ---------------------------------------------------------------------------
 
 SHAPES = [(), (1,), (5,), (0,), (3, 0), (3, 1), (2, 5, 7), (2, 4)]
@@ -384,21 +414,21 @@ def test_leaves_of_every_shape(bits, batch_ndim):
     @jax.jit
     def run(a, b, f):
         betas = [0.7 for _ in a]
-        residues = Residues(betas, a, bits, batch_ndim)
+        residues = Residues(betas, a, MOST, bits, batch_ndim)
         new = relax(a, f, betas)
         found = residues.record(a, b, f, new)
         out = residues.undo(b, f, new, betas, found, a, jnp.array(False))
         return found, *out
 
     found, states, repairs = run(a, b, f)
-    trees = zip(a, states, repairs, found.codes, found.tops, shapes, strict=True)
-    for x, state, repair, code, top, shape in trees:
+    trees = zip(a, states, repairs, found.codes, found.sizes, shapes, strict=True)
+    for x, state, repair, code, size, shape in trees:
         assert state.shape == repair.shape == shape
         np.testing.assert_allclose(state, x, rtol=0, atol=2.0**-14)
         assert repair.size == 0 or float(jnp.max(repair)) <= 0.5
         # One unit for what shares the index of the first axis, or of the batch.
         lead = max(batch_ndim, min(1, len(shape) - 1))
-        assert top.shape == shape[:lead] + (1,) * (len(shape) - lead)
+        assert size.shape == shape[:lead] + (1,) * (len(shape) - lead)
         last = shape[-1] if shape else 1
         kept = -(-last // 2) if bits == 4 else last
         assert code.shape == shape[:-1] + ((kept,) if shape else ())
