@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks._images_options import make_parser
 
@@ -27,7 +27,6 @@ class Config:
     pool: int
     solver: str | None
     adjoint: str | None
-    arithmetic: Literal["exact", "float"] | None
     steps: int | None
     beta: float | None
     rtol: float | None
@@ -49,7 +48,9 @@ class Config:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Config":
-        """What `to_json` was made from."""
+        """What `to_json` was made from; choices that are no more are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        fields = {k: v for k, v in fields.items() if k in known}
         paths = {k: fields[k] and Path(fields[k]) for k in ("data_dir", "output")}
         tuples = {k: tuple(fields[k]) for k in ("channels", "widths")}
         return cls(**{**fields, **paths, **tuples})
@@ -85,7 +86,7 @@ BY_MODEL: dict[str, dict[str, Any]] = {
     "deq": {"solver": "picard", "adjoint": "implicit", "steps": 30, "rtol": 1e-2},
     "explicit": {"solver": None, "adjoint": None, "steps": None, "rtol": None},
 }
-_SOLVE_OPTIONS = ("solver", "adjoint", "arithmetic", "steps", "beta", "rtol")
+_SOLVE_OPTIONS = ("solver", "adjoint", "steps", "beta", "rtol")
 
 
 # --- from options to a configuration --------------------------------------------------
@@ -134,14 +135,6 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
             f"--widths: got {len(fields['widths'])} values for "
             f"{len(fields['channels'])} scales of --channels; give one for each"
         )
-    if fields["solver"] == "reversible":
-        fields.setdefault("arithmetic", "exact")
-    elif "arithmetic" in given:
-        raise UsageError(
-            f"--arithmetic: of no use with --solver {fields['solver']}; leave it "
-            "out, or choose --solver reversible"
-        )
-    fields.setdefault("arithmetic", None)
     _check_solve(fields["solver"], fields["adjoint"], fields["beta"])
     if fields["progress"] == "auto":
         fields["progress"] = "bar" if sys.stderr.isatty() else "lines"

@@ -69,8 +69,8 @@ class ConvCell(eqx.Module):
     def initial_state(self, x: Features) -> Features:
         """Where solves start: at x, so that the explicit block is their first step.
 
-        Not at 0, where conv₁ z = 0 sits on the kink of relu: what undoes the steps
-        would come back to one side of it or the other, by rounding alone.
+        Not at 0, where conv₁ z = 0 sits on the kink of relu, whose derivative would
+        be that of one side or the other by rounding alone.
         """
         return x
 
@@ -273,7 +273,7 @@ def make_deq(cell: ConvCell, config: Config) -> deqjax.nn.DEQ:
     tolerance = {"rtol": config.rtol, "atol": None if config.rtol is None else 1e-6}
     common = {**tolerance, "beta": config.beta, "batch_ndim": 1}
     if config.solver == "reversible":
-        solver = deqjax.Reversible(**common, arithmetic=config.arithmetic or "exact")
+        solver = deqjax.Reversible(**common)
     else:
         solver = deqjax.Picard(**common)
     adjoint = {

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 DATA = ("digits", "cifar10")
 MODELS = ("revdeq", "deq", "explicit")
 SOLVERS = ("reversible", "picard")
-ARITHMETICS = ("exact", "float")
 ADJOINTS = ("reversible", "implicit", "unrolled", "jfb")
 
 
@@ -171,17 +170,10 @@ def _add_solve(parser: argparse.ArgumentParser) -> None:
         "--adjoint",
         choices=ADJOINTS,
         help="the gradient. reversible: exact for the steps taken, rebuilt backwards "
-        "without storing them (needs --solver reversible); implicit: exact at the "
-        "fixed point; unrolled: exact for the steps taken, which are stored; jfb: "
-        "biased, one pull-back. Default: reversible for --solver reversible, else "
-        "implicit",
-    )
-    add(
-        "--arithmetic",
-        choices=ARITHMETICS,
-        help="of the reversible solver. exact: its steps can be undone bit for bit, "
-        "for a few bits of memory per number and step; float: rounding errors grow by "
-        "1 / (1 − β) per evaluation when they are undone. Default: exact",
+        "from a byte per number and evaluation (needs --solver reversible); implicit: "
+        "exact at the fixed point; unrolled: exact for the steps taken, which are "
+        "stored; jfb: biased, one pull-back. Default: reversible for --solver "
+        "reversible, else implicit",
     )
     add(
         "--steps",

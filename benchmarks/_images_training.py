@@ -287,8 +287,6 @@ def _hint(config: Config) -> str:
     """What else makes a gradient NaN: steps that could not be undone."""
     if config.adjoint != "reversible":
         return ""
-    if config.arithmetic == "float":
-        return ", or --arithmetic exact: what undoes the steps may have drifted"
     return ", or --adjoint unrolled: what undoes the steps may have drifted"
 
 

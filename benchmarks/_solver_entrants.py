@@ -150,12 +150,10 @@ def _others() -> dict[str, Entrant]:
 
 def for_overhead() -> dict[str, Entrant]:
     """Those whose cost beside f is measured."""
-    exact, floats = ({"beta": 0.5, "arithmetic": a} for a in ("exact", "float"))
     return {
         "Picard, static": _static(deqjax.Picard),
         "Picard": _deqjax(deqjax.Picard),
-        "Reversible, float, static": _static(deqjax.Reversible, **floats),
-        "Reversible, exact, static": _static(deqjax.Reversible, **exact),
+        "Reversible, static": _static(deqjax.Reversible),
         "Anderson(5)": _deqjax(deqjax.Anderson),
         "Broyden(10)": _deqjax(deqjax.Broyden),
         "NewtonKrylov": _deqjax(deqjax.NewtonKrylov),

@@ -1,48 +1,46 @@
-"""How exact are the gradients of a reversible DEQ, and what do they cost in memory?
+"""How exact are the gradients of a reversible DEQ, and what do they cost?
 
     python benchmarks/reversal.py
 
 Measures, for maps of known character, the relative error of the gradient of N
-reversible steps against backpropagation in float64: for exact and float arithmetic,
-with anchors, and for float32 backpropagation. Then the drift that each backward pass
-reports, and the bytes per step that the compiler reserves. Writes
-`benchmarks/results/reversal-DEVICE.json`, and from it the table and the figure of the
-documentation.
+reversible steps against backpropagation in float64: for records of 4, 8 and 16 bits,
+for floats undone without a record, and for float32 backpropagation; with the drift and
+the largest repair that each backward pass reports. Then how far two evaluations may
+differ, the memory that one more step takes, and the time of a gradient over that of its
+parts. Writes `benchmarks/results/reversal-DEVICE.json`, and from it the tables and the
+figure of the documentation.
 """
 
 import argparse
-import functools as ft
 import json
 import pathlib
 import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib.pyplot as plt
 import numpy as np
+from jax.experimental import io_callback
 
 import deqjax
 
+if not __package__:  # run as a script: what is imported below lies beside it
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
+from benchmarks._reversal_costs import BITS, memory, normalise, times
+from benchmarks._reversal_report import figure, table
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BETAS = (0.5, 0.75, 0.8, 0.9)
+BETAS = (0.5, 0.8, 0.9, 0.95)
 STEPS = (4, 8, 16, 32, 64, 128)
-METHODS = {
-    "exact": "exact arithmetic",
-    "float": "float arithmetic",
-    "anchors": "float arithmetic, anchors",
-    "backpropagation": "backpropagation",
-}
+# Of the two evaluations at one point, relative to the typical size of f.
+NOISES = tuple(2.0**k for k in range(-24, -5))
 
 
 # Maps
-
-
-def normalise(h: jax.Array) -> jax.Array:
-    """To mean 0 and variance 1 along the last axis."""
-    h = h - h.mean(-1, keepdims=True)
-    return h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5)
 
 
 def rectified(z: jax.Array, args: tuple) -> jax.Array:
@@ -68,38 +66,96 @@ def arguments(key: jax.Array, batch: int = 8, width: int = 64) -> tuple:
     return 0.9 * w / jnp.linalg.norm(w, 2), u, jr.normal(k3, (batch, width))
 
 
-# Measurements
+# Gradients of (start, args), each with its drift and its largest repair. β and N are
+# chosen at run time, so that each method is compiled once.
+
+Gradient = Callable[..., tuple[Any, jax.Array, jax.Array]]
 
 
-def gradient_of(fn: Any, method: str, weights: jax.Array) -> Any:
-    """A compiled function (start, args, β's index, N) -> gradient, drift.
-
-    β and N are chosen at run time, so that each method is compiled once.
-    """
-    arithmetic = "exact" if method == "exact" else "float"
-    solver = deqjax.Reversible(None, None, beta=BETAS, arithmetic=arithmetic)
+def with_record(fn: Any, bits: int, weights: jax.Array) -> Gradient:
+    """By deqjax, with a record of so many bits."""
 
     def loss(inputs: tuple, probe: Any, beta: jax.Array, steps: jax.Array) -> jax.Array:
         start, args = inputs
         adjoint = deqjax.ReversibleAdjoint(
+            record_bits=bits,
             probe=probe,
-            anchors="auto" if method == "anchors" else None,
             drift_tol=float("inf"),  # To see the error instead of NaN.
         )
-        if method == "backpropagation":
-            adjoint = deqjax.UnrolledAdjoint()
         sol = deqjax.fixed_point(
             fn,
             start,
             args,
-            solver=solver,
+            solver=deqjax.Reversible(None, None),
             adjoint=adjoint,
             max_steps=max(STEPS),
             options={"beta": beta, "step_budget": steps},
         )
         return jnp.sum(sol.value.astype(weights.dtype) * weights)
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+    def gradient(inputs: tuple, beta: jax.Array, steps: jax.Array) -> Any:
+        both = jax.grad(loss, argnums=(0, 1))
+        grads, stats = both(inputs, deqjax.BackwardStats(), beta, steps)
+        return grads, stats.drift, stats.repair
+
+    return jax.jit(gradient)
+
+
+def without_record(fn: Any, weights: jax.Array) -> Gradient:
+    """By undoing the steps in floating point, as the formula has it."""
+
+    def gradient(inputs: tuple, beta: jax.Array, steps: jax.Array) -> Any:
+        start, args = inputs
+        beta = beta.astype(start.dtype)
+
+        def forward(_: jax.Array, pair: tuple) -> tuple:
+            a, b = pair
+            return b, (1 - beta) * a + beta * fn(b, args)
+
+        def backward(_: jax.Array, carry: tuple) -> tuple:
+            (a, b), (ct_a, ct_b), total = carry
+            f, pull = jax.vjp(fn, a, args)
+            g_a, grads = pull(beta * ct_b)
+            total = jax.tree.map(jnp.add, total, grads)
+            return (
+                ((b - beta * f) / (1 - beta), a),
+                ((1 - beta) * ct_b, ct_a + g_a),
+                total,
+            )
+
+        pair = jax.lax.fori_loop(0, 2 * steps, forward, (start, start))
+        cts = jnp.zeros_like(start), weights.astype(start.dtype)
+        first = pair, cts, jax.tree.map(jnp.zeros_like, args)
+        pair, cts, grads = jax.lax.fori_loop(0, 2 * steps, backward, first)
+        drift = jnp.max(jnp.abs(jnp.stack(pair) - start))
+        return (sum(cts), grads), drift, jnp.array(jnp.nan)
+
+    return jax.jit(gradient)
+
+
+def backpropagation(fn: Any, weights: jax.Array) -> Gradient:
+    """Through a loop that JAX differentiates."""
+
+    def gradient(inputs: tuple, beta: jax.Array, steps: jax.Array) -> Any:
+        def loss(inputs: tuple) -> jax.Array:
+            start, args = inputs
+            b = beta.astype(start.dtype)
+
+            def half(pair: tuple, h: jax.Array) -> tuple:
+                new = (pair[1], (1 - b) * pair[0] + b * fn(pair[1], args))
+                keep = lambda x, y: jnp.where(h < 2 * steps, x, y)
+                return jax.tree.map(keep, new, pair), None
+
+            halves = jnp.arange(2 * max(STEPS))
+            (_, z), _ = jax.lax.scan(half, (start, start), halves)
+            return jnp.sum(z.astype(weights.dtype) * weights)
+
+        return jax.grad(loss)(inputs), jnp.zeros(()), jnp.array(jnp.nan)
+
+    return jax.jit(gradient)
+
+
+# Measurements
 
 
 def relative_error(got: Any, want: Any) -> float:
@@ -119,144 +175,53 @@ def errors(name: str, seed: int) -> list[dict[str, Any]]:
     weights = jr.normal(k2, args[-1].shape)
     start = 0.1 * jr.normal(k3, args[-1].shape)
     cast = lambda dtype: jax.tree.map(lambda t: t.astype(dtype), (start, args))
-    compiled = {method: gradient_of(fn, method, weights) for method in METHODS}
+    methods = {f"{bits} bits": with_record(fn, bits, weights) for bits in BITS}
+    methods["no record"] = without_record(fn, weights)
+    methods["backpropagation"] = reference = backpropagation(fn, weights)
     rows = []
-    for i, beta in enumerate(BETAS):
+    for beta in BETAS:
         for steps in STEPS:
-            choice = (jnp.array(i), jnp.array(steps))
-            probe = deqjax.BackwardStats()
-            reference = compiled["backpropagation"]
-            exact, _ = reference(cast(jnp.float64), probe, *choice)
+            choice = (jnp.array(beta), jnp.array(steps))
+            exact, *_ = reference(cast(jnp.float64), *choice)
             row: dict[str, Any] = {"map": name, "beta": beta, "steps": steps}
-            for method, gradient in compiled.items():
-                got, stats = gradient(cast(jnp.float32), probe, *choice)
+            for method, gradient in methods.items():
+                got, drift, repair = gradient(cast(jnp.float32), *choice)
                 row[method] = relative_error(got, exact)
                 if method != "backpropagation":
-                    row[f"drift, {method}"] = float(stats.drift)
+                    row[f"drift, {method}"] = float(drift)
+                if method.endswith("bits"):
+                    row[f"repair, {method}"] = float(repair)
             rows.append(row)
         print(f"{name}, beta = {beta}: done", flush=True)
     return rows
 
 
-def temp_bytes(loss: Any, args: tuple) -> int:
-    """The bytes that the compiler reserves for the gradient of `loss`."""
-    analysis = jax.jit(jax.grad(loss)).lower(args).compile().memory_analysis()
-    if analysis is None:
-        raise RuntimeError("This platform does not tell the memory of a program.")
-    return analysis.temp_size_in_bytes
-
-
-def memory() -> list[dict[str, Any]]:
-    """Bytes per step of the gradient program, in copies of the state."""
-
-    def block(z: jax.Array, args: tuple) -> jax.Array:
-        a, b, x = args
-        return normalise(z + jax.nn.gelu(z @ a) @ b + x)
-
-    keys = jr.split(jr.key(0), 3)
-    a = jr.normal(keys[0], (128, 512)) / jnp.sqrt(128)
-    b = jr.normal(keys[1], (512, 128)) / jnp.sqrt(512)
-    args = jax.tree.map(
-        lambda t: t.astype(jnp.float32), (a, b, jr.normal(keys[2], (256, 128)))
-    )
+def tolerance(seed: int, steps: int = 12) -> list[dict[str, Any]]:
+    """The largest repair, and the drift, where no two evaluations are alike."""
+    args = jax.tree.map(lambda t: t.astype(jnp.float32), arguments(jr.key(seed)))
     start = jnp.zeros_like(args[-1])
+    like = jax.ShapeDtypeStruct(start.shape, jnp.float32)
+    rng = np.random.default_rng(seed)
+    # Two evaluations differ by up to twice the amplitude.
+    draw = lambda: rng.uniform(-0.5, 0.5, like.shape).astype(np.float32)
+    weights = jnp.ones_like(start)
 
-    def temp(beta: float, adjoint: Any, arithmetic: Any, steps: int) -> int:
-        solver = deqjax.Reversible(None, None, beta=beta, arithmetic=arithmetic)
-
-        def loss(args: tuple) -> jax.Array:
-            sol = deqjax.fixed_point(
-                block, start, args, solver=solver, adjoint=adjoint, max_steps=steps
-            )
-            return jnp.sum(sol.value)
-
-        return temp_bytes(loss, args)
-
-    def scan(beta: float, steps: int) -> int:
-        def step(pair: tuple, _: None) -> tuple:
-            y, z = pair
-            y = (1 - beta) * y + beta * block(z, scan_args[0])
-            z = (1 - beta) * z + beta * block(y, scan_args[0])
-            return (y, z), None
-
-        scan_args: list[Any] = [None]
-
-        def loss(args: tuple) -> jax.Array:
-            scan_args[0] = args
-            (_, z), _ = jax.lax.scan(step, (start, start), None, length=steps)
-            return jnp.sum(z)
-
-        return temp_bytes(loss, args)
+    def fn(z: jax.Array, scaled: tuple) -> jax.Array:
+        noise, args = scaled
+        f = residual_block(z, args)
+        return f + jax.lax.stop_gradient(noise * io_callback(draw, like))
 
     rows = []
-    adjoint = deqjax.ReversibleAdjoint()
-    slope = lambda measure: (measure(96) - measure(32)) / 64 / start.nbytes
-    for beta in BETAS:
-        exact = ft.partial(temp, beta, adjoint, "exact")
-        floats = ft.partial(temp, beta, adjoint, "float")
-        rows.append(
-            {
-                "beta": beta,
-                "exact": slope(exact),
-                "float": slope(floats),
-                "storing states": 2.0,
-                "storing activations": slope(ft.partial(scan, beta)),
-            }
-        )
+    for bits in BITS:
+        gradient = with_record(fn, bits, weights)
+        for beta in BETAS:
+            for noise in NOISES:
+                inputs = start, (jnp.float32(noise), args)
+                _, drift, repair = gradient(inputs, jnp.array(beta), jnp.array(steps))
+                row = {"bits": bits, "beta": beta, "noise": noise}
+                rows.append({**row, "drift": float(drift), "repair": float(repair)})
+        print(f"tolerance of {bits} bits: done", flush=True)
     return rows
-
-
-# Reports
-
-
-def table(results: dict[str, Any]) -> str:
-    """The measurements as Markdown."""
-    lines = [
-        "| map | β | N | exact | float | float, anchors | backpropagation |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in results["errors"]:
-        if row["beta"] in (0.5, 0.8, 0.9):
-            numbers = " | ".join(f"{row[method]:.0e}" for method in METHODS)
-            lines.append(
-                f"| {row['map']} | {row['beta']} | {row['steps']} | {numbers} |"
-            )
-    lines += [
-        "",
-        "| β | exact | float | two states | activations |",
-        "|---|---|---|---|---|",
-    ]
-    for row in results["memory"]:
-        numbers = (row[k] for k in ("exact", "float", "storing states"))
-        text = " | ".join(f"{n:.3f}" for n in numbers)
-        lines.append(f"| {row['beta']} | {text} | {row['storing activations']:.1f} |")
-    lines += [
-        "",
-        f"Measured on {results['device']} with JAX {results['jax']}, commit "
-        f"{results['commit']}; float32, batch 8, width 64.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Gradient error against depth, one panel per map, at β = 0.8."""
-    fig, axes = plt.subplots(1, len(MAPS), figsize=(9, 3.6), sharey=True)
-    styles = dict(zip(METHODS, ("o-", "s--", "^:", "k."), strict=True))
-    for ax, name in zip(axes, MAPS, strict=True):
-        rows = [r for r in results["errors"] if r["map"] == name and r["beta"] == 0.8]
-        for method, label in METHODS.items():
-            values = np.array([row[method] for row in rows])
-            values = np.where(np.isfinite(values), np.minimum(values, 1e3), np.nan)
-            ax.loglog([r["steps"] for r in rows], values, styles[method], label=label)
-        ax.set_title(f"{name}, β = 0.8")
-        ax.set_xlabel("steps N")
-        ax.set_xticks(STEPS, [str(n) for n in STEPS])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("relative error of the gradient")
-    axes[0].legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=150)
 
 
 def commit() -> str:
@@ -267,11 +232,17 @@ def commit() -> str:
 
 
 def main() -> None:
-    """Measure, and write the results, the table and the figure."""
+    """Measure, and write the results, the tables and the figure."""
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_argument("--seed", type=int, default=0, help="of the maps (default 0)")
+    cli.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("errors", "tolerance", "memory", "times"),
+        help="measure these anew; the others stay as recorded (default: all)",
+    )
     cli.add_argument(
         "--redraw", action="store_true", help="only draw what was measured before"
     )
@@ -284,15 +255,22 @@ def run(options: argparse.Namespace) -> None:
     """Measure, with float64 enabled."""
     device = jax.devices()[0].device_kind.replace(" ", "-").lower()
     path = ROOT / "benchmarks" / "results" / f"reversal-{device}.json"
+    parts: dict[str, Callable[[], Any]] = {
+        "errors": lambda: [row for name in MAPS for row in errors(name, options.seed)],
+        "tolerance": lambda: tolerance(options.seed),
+        "memory": memory,
+        "times": times,
+    }
     if not options.redraw:
+        wanted = options.parts or list(parts)
+        old = {} if len(wanted) == len(parts) else json.loads(path.read_text())
         results = {
             "device": device,
             "jax": jax.__version__,
             "deqjax": deqjax.__version__,
             "commit": commit(),
             "seed": options.seed,
-            "errors": [row for name in MAPS for row in errors(name, options.seed)],
-            "memory": memory(),
+            **{k: part() if k in wanted else old[k] for k, part in parts.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

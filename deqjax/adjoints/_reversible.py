@@ -283,7 +283,8 @@ def _backward(
     bad = ~(found.drift <= plan.drift_tol * size)
     if plan.on_drift == "recompute":
         again = lambda: _recompute(theta, cts, tape, perturbed, rest)
-        gradient = lax.cond(unvmap_any(jnp.any(bad)), again, lambda: gradient)
+        found_now = eqx.filter(gradient, perturbed)
+        gradient = lax.cond(unvmap_any(jnp.any(bad)), again, lambda: found_now)
     elif plan.on_drift == "nan":
         spoil = lambda t: jnp.where(jnp.any(bad), jnp.nan, t)
         nan = jtu.tree_map(lambda t: jnp.full_like(t, jnp.nan), found.start)

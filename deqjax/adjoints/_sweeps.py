@@ -146,6 +146,7 @@ class ForwardSweep(SolverLoop):
         num_evals = jnp.maximum(2 * steps, 1)
 
         def half(h: Array, carry: _Carry) -> _Carry:
+            h = h.astype(jnp.int32)
             f, aux = self.inputs.fn(carry.b, self.inputs.args)
             active = None
             if limited:
@@ -264,7 +265,7 @@ def reverse_sweep(
     take = ft.partial(lax.dynamic_index_in_dim, keepdims=False)
 
     def half(i: Array, carry: tuple) -> tuple:
-        h = trips - 1 - i
+        h = (trips - 1 - i).astype(jnp.int32)
         (a, b), (ct_a, ct_b), gradient, worst = carry
         active = None if num_steps is not None else h < 2 * tape.steps
         # Half step h has evaluated f at a, and has made b.
@@ -332,13 +333,16 @@ def replay(
         static: whether the solve tests nothing.
     """
 
-    @jax.checkpoint
     def half(pair: PyTree, h: Array) -> tuple[PyTree, None]:
         a, b = pair
         new = relax(a, fn(b, args)[0], betas)
         return _tree.where(h < 2 * steps, (b, new), pair), None
 
-    (a, b), _ = lax.scan(half, (z0, z0), jnp.arange(2 * max_steps))
+    # JAX does not checkpoint what has effects.
+    effects = eqx.filter_make_jaxpr(fn)(z0, args)[0].effects
+    step = half if effects else jax.checkpoint(half)
+    hs = jnp.arange(2 * max_steps, dtype=jnp.int32)
+    (a, b), _ = lax.scan(step, (z0, z0), hs)
     # Where aux was evaluated: last of all, or where the answer was tested.
     return b, fn(a if static else b, args)[1]
 

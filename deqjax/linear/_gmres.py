@@ -68,11 +68,12 @@ class GMRES(AbstractIterative):
             each has its own norm, test and statistics.
 
     Returns:
-        By `lineax.linear_solve`. `stats` has `num_products` (), and, in the batch's
-        shape, `residual` ‖b − A x‖₂ of the x returned (or its rounding errors, where
-        they are larger), `relative_residual` and `converged`. In `options`, `y0` is the
-        start and `preconditioner` a linear operator M ≈ A⁻¹, applied from the right
-        (so that the residual tested is that of the given system).
+        lineax.Solution: by `lineax.linear_solve`. `stats` has `num_products` (), and,
+            in the batch's shape, `residual` ‖b − A x‖₂ of the x returned (or its
+            rounding errors, where they are larger), `relative_residual` and
+            `converged`. In `options`, `y0` is the start and `preconditioner` a linear
+            operator M ≈ A⁻¹, applied from the right (so that the residual tested is
+            that of the given system).
 
     Raises:
         ValueError, TypeError: if an argument or an option is not valid, or A is not

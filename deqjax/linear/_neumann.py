@@ -65,8 +65,8 @@ class Neumann(AbstractIterative):
             each has its own norm, test and statistics.
 
     Returns:
-        By `lineax.linear_solve`, with the `stats` and `options` of `GMRES`. A
-        preconditioner M makes it x ← x + β M (b − A x).
+        lineax.Solution: by `lineax.linear_solve`, with the `stats` and `options` of
+            `GMRES`. A preconditioner M makes it x ← x + β M (b − A x).
 
     Raises:
         ValueError, TypeError: if an argument or an option is not valid, or A is not

@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import deqjax
-from tests.adjoints.test_exact_reversal import solve
 from tests.helpers import error, norm_map, weigh
 
 COLLECTIVE = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
@@ -19,6 +18,13 @@ def case(batch=4, width=12):
     x = jnp.sin(jnp.arange(batch * width, dtype=jnp.float32)).reshape(batch, width)
     w = jnp.cos(jnp.arange(width * width, dtype=jnp.float32)).reshape(width, width)
     return w / 10, x
+
+
+def solve(fn, z0, args, probe, *, solver, steps):
+    adjoint = deqjax.ReversibleAdjoint(probe=probe)
+    return deqjax.fixed_point(
+        fn, z0, args, solver=solver, adjoint=adjoint, max_steps=steps
+    )
 
 
 def program(tol, steps):

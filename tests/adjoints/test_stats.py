@@ -136,7 +136,7 @@ def test_the_drift_of_a_reversible_pass(x64):
     p = problem("tanh")
     p = p._replace(z0=p.z0 + 0.3)
     beta, steps = 0.5, 8
-    solver = deqjax.Reversible(None, None, beta=beta, arithmetic="float")
+    solver = deqjax.Reversible(None, None, beta=beta)
 
     def run(args, probe):
         adjoint = deqjax.ReversibleAdjoint(probe=probe)

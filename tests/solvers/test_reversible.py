@@ -10,7 +10,7 @@ import deqjax
 from tests import helpers
 from tests.helpers import OK, error, problem
 
-Float = ft.partial(deqjax.Reversible, arithmetic="float")
+Float = ft.partial(deqjax.Reversible)
 betas = pytest.mark.parametrize("beta", [0.5, 0.8])
 
 
