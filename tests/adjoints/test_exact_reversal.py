@@ -66,7 +66,9 @@ def disturbed(fn):
 
     def fwd(f, ulps):
         def leaf(x):
-            real = x.astype(max(x.dtype, jnp.dtype("float32"), key=lambda d: d.itemsize))
+            real = x.astype(
+                max(x.dtype, jnp.dtype("float32"), key=lambda d: d.itemsize)
+            )
             noise = ulps.astype(real.dtype) * jnp.cos(1e5 * real)
             eps = float(jnp.finfo(x.dtype).eps)
             return (real + eps * noise * real).astype(x.dtype)
@@ -141,10 +143,10 @@ def check_level(beta, steps, ulps, tol=None, bits=8, bound=2e-6):
     want = plain(*widened((args, z0, beta)), n)
     single = plain(args, z0, beta, n)
     assert float(stats.drift) == 0
-    assert float(stats.repair) <= 0.5
+    assert float(stats.repair) <= (0.9 if ulps else 0.5)
     for part in range(2):
         for k in MAPS:
-            assert got[part][k][0].dtype == jnp.float32 if part else True
+            assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got[part][k]))
             level = 2 * error(single[part][k], want[part][k])
             assert error(got[part][k], want[part][k]) <= max(bound, level), k
     return float(stats.repair)
@@ -179,7 +181,9 @@ def scaled_map(z, args):
     """Leaves and entries far apart in size; s is how far."""
     s, w, x = args["s"], args["w"], args["x"]
     far = jnp.ones(6).astype(s.dtype).at[2].set(s)
-    one = lambda z, scale, x: scale * jnp.tanh(0.5 * z / scale + 0.3 * (z / scale) @ w + x)
+    one = lambda z, scale, x: (
+        scale * jnp.tanh(0.5 * z / scale + 0.3 * (z / scale) @ w + x)
+    )
     return {
         "two": (one(z["two"][0], s, x[0]), one(z["two"][1], 1, x[1])),
         "coupled": (
@@ -197,7 +201,7 @@ def scaled_map(z, args):
 def scaled_programs():
     def start(s, u):
         zero = jnp.zeros((2, 6), s.dtype)
-        z0 = {k: zero[0] for k in ("entry", "start", "halves")}
+        z0 = dict.fromkeys(("entry", "start", "halves"), zero[0])
         pair = (zero[0], zero[1])
         z0 |= {"two": pair, "coupled": pair, "batch": zero}
         return z0 | {"start": s * u}
@@ -208,29 +212,20 @@ def scaled_programs():
     ]
 
     def ours(moving, s, beta):
-        args = {"s": s, **moving}
-        value = lambda m, q: weighed(
-            s,
-            solve(
-                scaled_map,
-                start(s, moving["u"]),
-                {"s": s, **m},
-                q,
-                solver=static(beta=beta),
-                steps=20,
-            ).value,
-        )
-        del args
+        settings = {"solver": static(beta=beta), "steps": 20}
+
+        def value(m, probe):
+            z0 = start(s, moving["u"])
+            sol = solve(scaled_map, z0, {"s": s, **m}, probe, **settings)
+            return weighed(s, sol.value)
+
         out, pull = jax.vjp(value, moving, deqjax.BackwardStats())
-        eye = jnp.eye(len(out), dtype=s.dtype)
-        return jax.vmap(lambda e: pull(list(e)))(eye)
+        return jax.vmap(lambda e: pull(list(e)))(jnp.eye(len(out), dtype=s.dtype))
 
     def plain(moving, s, beta):
+        z0 = start(s, moving["u"])
         value = lambda m: weighed(
-            s,
-            plain_value(
-                scaled_map, start(s, moving["u"]), {"s": s, **m}, 20, beta
-            ),
+            s, plain_value(scaled_map, z0, {"s": s, **m}, 20, beta)
         )
         return jax.jacrev(value)(moving)
 
@@ -247,15 +242,44 @@ def test_states_of_mixed_scales(scale, x64):
         got, stats = ours(*given)
         assert not np.any(stats.drift)
         assert np.max(stats.repair) <= 0.5
-        want = plain(*widened(given))
-        # One by one: every leaf of the state has a row, every input a gradient.
-        for i, row in enumerate(want):
+        # One by one: the gradient of every leaf of the state.
+        for i, want in enumerate(plain(*widened(given))):
             one = jax.tree.map(lambda t, i=i: t[i], got)
-            assert error(one["w"], row["w"]) <= 2e-6
-            for a, b in zip(one["x"], row["x"], strict=True):
-                np.testing.assert_allclose(
-                    a, b, rtol=5e-6, atol=2e-6 * np.max(np.abs(b))
-                )
+            for name in ("w", "x"):
+                if np.any(want[name]):
+                    assert error(one[name], want[name]) <= 2e-6
+                else:
+                    assert not np.any(one[name])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e5, 1e7])
+def test_an_entry_far_below_its_row_is_right_or_noticed(scale, x64):
+    """Next to 1 an entry of 1 / s is resolved to the last place of 1."""
+    w, x = narrowed((weights(jr.key(0), 6, gain=0.9), jr.normal(jr.key(1), (6,))))
+    small = jnp.ones(6, jnp.float32).at[2].set(1 / scale)
+
+    def fn(z, args):
+        w, x, small = args
+        return small * jnp.tanh(0.5 * z / small + 0.3 * (z / small) @ w + x)
+
+    loss = lambda value, small: weigh(value / small)
+
+    def ours(x, probe):
+        sol = solve(fn, 0 * x, (w, x, small), probe, solver=static(), steps=20)
+        return loss(sol.value, small)
+
+    got, stats = jax.jit(jax.grad(ours, (0, 1)))(x, deqjax.BackwardStats())
+    if scale <= 1e3:
+        assert float(stats.drift) == 0
+    if float(stats.drift) > 0:
+        assert np.isnan(got).all()
+    else:
+        wide = widened((w, small))
+        plain = lambda x: loss(
+            plain_value(fn, 0 * x, (wide[0], x, wide[1]), 20, 0.5), wide[1]
+        )
+        # In units of the row, of which the entry has so many fewer.
+        assert error(got, jax.grad(plain)(widened(x))) <= 2e-6 * scale
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
@@ -264,7 +288,9 @@ def test_huge_and_tiny_states(scale, x64):
     args, z0 = narrowed(((w, x), x[::-1]))
     c = jnp.cos(jnp.arange(x.size, dtype=jnp.float64)).reshape(x.shape)
     loss = lambda value: jnp.sum(value * c.astype(value.dtype))
-    run = lambda a, z, q: loss(solve(relu_map, z, a, q, solver=static(), steps=12).value)
+    run = lambda a, z, q: loss(
+        solve(relu_map, z, a, q, solver=static(), steps=12).value
+    )
     *got, stats = jax.jit(jax.grad(run, (0, 1, 2)))(args, z0, deqjax.BackwardStats())
     assert float(stats.drift) == 0
     plain = lambda a, z: loss(plain_value(relu_map, z, a, 12, 0.5))
@@ -298,7 +324,7 @@ def first_cells(z, a):
 def first_inputs(dtype):
     w, b = weights(jr.key(1), 4, gain=0.8), jr.normal(jr.key(2), (4,))
     names = ("linear", "dense", "conv", "sort", "sums", "fft", "complex")
-    return cast(dtype)(({k: 0.1 * b for k in names}, (w, b)))
+    return cast(dtype)((dict.fromkeys(names, 0.1 * b), (w, b)))
 
 
 def twice(layer):
@@ -311,7 +337,10 @@ def checkpointed(layer):
 
 def scanned(layer):
     def run(z, a, *q):
-        step = lambda z, s: (layer(jax.tree.map(lambda x: x * s.astype(x.dtype), z), a, *q), None)
+        step = lambda z, s: (
+            layer(jax.tree.map(lambda x: x * s.astype(x.dtype), z), a, *q),
+            None,
+        )
         return lax.scan(step, z, jnp.array([1.0, 0.5, 2.0], jnp.float32))[0]
 
     return run
@@ -334,9 +363,9 @@ def test_the_first_cells_of_anybody_inside_other_programs(around, dtype, x64):
     if around == "eager" and dtype == "float32":
         pytest.skip("the same loops")
     z0, args = first_inputs(dtype)
-    layer = lambda z, a, q: solve(
-        first_cells, z, a, q, solver=static(beta=0.8), steps=12
-    ).value
+    layer = lambda z, a, q: (
+        solve(first_cells, z, a, q, solver=static(beta=0.8), steps=12).value
+    )
     plain = lambda z, a: plain_value(first_cells, z, a, 12, 0.8)
     wrap = PROGRAMS.get(around, lambda layer: layer)
     run = jax.grad(lambda *x: weigh(wrap(layer)(*x)), (0, 1, 2))
@@ -344,7 +373,9 @@ def test_the_first_cells_of_anybody_inside_other_programs(around, dtype, x64):
     *got, stats = run(z0, args, deqjax.BackwardStats())
     assert float(stats.drift) == 0
     # The sum over the solves.
-    assert float(stats.repair) <= 0.5 * {"scan": 3, "vmap": 3, "twice": 2}.get(around, 1)
+    assert float(stats.repair) <= 0.5 * {"scan": 3, "vmap": 3, "twice": 2}.get(
+        around, 1
+    )
     want = jax.jit(jax.grad(lambda *x: weigh(wrap(plain)(*x)), (0, 1)))(
         *widened((z0, args))
     )
@@ -381,7 +412,7 @@ def layer_program(names, tol, steps, bits):
     ("names", "tol", "steps", "bits"),
     [
         (LAYERS, None, 12, 8),
-        (LAYERS, 1e-3, 20, 8),
+        (LAYERS[1:], 1e-2, 30, 8),
         (HALF, None, 12, 8),
         # Large entries of single precision, with a last place of half precision.
         ([*HALF, "conv"], None, 12, 16),
@@ -393,6 +424,7 @@ def test_layers_in_one_state(names, tol, steps, bits):
         (*got, stats), n = run(args, z0, deqjax.BackwardStats(), beta)
         assert float(stats.drift) == 0
         assert float(stats.repair) <= (0.75 if names == HALF else 0.5)
+        assert tol is None or 2 < n < steps
         want = plain(args, z0, beta, n - int(tol is not None))
         for k in names:
             # Products of bfloat16 are off by the rounding of their terms.
@@ -458,12 +490,14 @@ def test_states_of_every_precision(tol, dtype, x64):
     run = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     plain = lambda a, beta, n: weigh(plain_value(c.fn, widened(z0), a, 12, beta, n))
     plain = jax.jit(jax.grad(plain))
-    for ulps, beta in ((0, 0.7), (2, 0.7), (2, 0.9)):
+    for ulps, beta in ((0, 0.7), (1, 0.5), (2, 0.7), (1, 0.9)):
         probe = deqjax.BackwardStats()
         (got, stats), n = run(args, probe, jnp.float32(ulps), jnp.float32(beta))
         assert float(stats.drift) == 0
         assert got[0].dtype == dtype
-        want = plain(widened(args), widened(jnp.float32(beta)), n - int(tol is not None))
+        want = plain(
+            widened(args), widened(jnp.float32(beta)), n - int(tol is not None)
+        )
         assert error(got, want) <= 30 * float(jnp.finfo(dtype).eps)
 
 

@@ -19,7 +19,12 @@ BETAS = (0.3, 0.5, 0.8, 0.95)
 # Binary digits; those below the typical size of a row that a unit keeps, and how many
 # such units two evaluations may be apart; the same below an entry with a unit of its own.
 DIGITS = {"float32": 24, "bfloat16": 8, "float16": 11, "float64": 53}
-SHARED = {"float32": (21, 16), "bfloat16": (8, 8), "float16": (11, 8), "float64": (50, 16)}
+SHARED = {
+    "float32": (21, 16),
+    "bfloat16": (8, 8),
+    "float16": (11, 8),
+    "float64": (50, 16),
+}
 OWN = {"float32": (24, 8), "bfloat16": (8, 2), "float16": (11, 2), "float64": (53, 8)}
 MOST = 53
 WIDTH = 13
@@ -409,7 +414,9 @@ SHAPES = [(), (1,), (5,), (0,), (3, 0), (3, 1), (2, 5, 7), (2, 4)]
 def test_leaves_of_every_shape(bits, batch_ndim):
     rng = np.random.default_rng(2)
     shapes = [s for s in SHAPES if len(s) >= batch_ndim]
-    a, b, f = ([jnp.asarray(rng.normal(size=s), "float32") for s in shapes] for _ in "abf")
+    a, b, f = (
+        [jnp.asarray(rng.normal(size=s), "float32") for s in shapes] for _ in "abf"
+    )
 
     @jax.jit
     def run(a, b, f):
