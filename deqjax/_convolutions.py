@@ -78,9 +78,11 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def _rewrite(jaxpr: Any) -> Any:
-    if isinstance(jaxpr, jex.core.ClosedJaxpr):
-        inner = _rewrite(jaxpr.jaxpr)
-        return jaxpr if inner is jaxpr.jaxpr else jaxpr.replace(jaxpr=inner)
+    # From JAX 0.12 on, open and closed jaxprs are one class, each its own `jaxpr`.
+    within = getattr(jaxpr, "jaxpr", jaxpr)
+    if within is not jaxpr:
+        inner = _rewrite(within)
+        return jaxpr if inner is within else jaxpr.replace(jaxpr=inner)
     eqns = [_rewrite_eqn(eqn) for eqn in jaxpr.eqns]
     same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
     return jaxpr if same else jaxpr.replace(eqns=eqns)
