@@ -17,7 +17,7 @@ BITS = (4, 8, 16)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BETAS = (0.3, 0.5, 0.8, 0.95)
 # Binary digits; those below the typical size of a row that a unit keeps, and how many
-# such units two evaluations may be apart; the same below an entry with a unit of its own.
+# such units two evaluations may be apart; the same below an entry with its own unit.
 DIGITS = {"float32": 24, "bfloat16": 8, "float16": 11, "float64": 53}
 SHARED = {
     "float32": (21, 16),
@@ -309,7 +309,7 @@ def test_a_disturbed_evaluation_is_repaired_within_the_capacity(bits, part, halv
         rounding = abs(n)[beyond] * 2.0 ** -DIGITS[name] / h.modulus[name][beyond]
         assert (abs(lost - np.rint(lost)) <= rounding).all()
         assert (abs(lost) + rounding > 0.9).all()
-        assert (abs(lost) > 0.9).mean() > 0.99
+        assert (abs(lost) > 0.9).sum() >= 0.99 * lost.size
         if part < 1:
             assert inside.sum() > 0.5 * normal.sum()
         else:
@@ -386,7 +386,7 @@ def test_numbers_of_lower_precision_in_f(x64):
     """A state of 32 bits and products of bfloat16, which are off by their roundings."""
     rng = np.random.default_rng(5)
     a, b, f, noise = (jnp.float32(rng.normal(size=(40, 24))) for _ in "abfn")
-    off = f * (1 + 2.0**-8 * jnp.tanh(noise))
+    off = f * (1 + 2.0**-9 * jnp.tanh(noise))
 
     @ft.partial(jax.jit, static_argnums=0)
     def run(digits, beta):
@@ -395,7 +395,7 @@ def test_numbers_of_lower_precision_in_f(x64):
         found = residues.record(a, b, f, new)
         return residues.undo(b, off, new, beta, found, a, jnp.array(False))
 
-    for beta in map(jnp.float32, (0.5, 0.9)):
+    for beta in map(jnp.float32, (0.5, 0.8)):
         state, repair = run(8, beta)
         assert 0.02 < float(jnp.max(repair)) <= 0.5
         # To the resolution that such evaluations have.
