@@ -152,9 +152,8 @@ def run(session: Session, section: Section) -> None:
             section.give_up(check.name, OutOfTime("a TPU only emulates float64"))
     named = {check.name: check for check in wanted}
     jobs = {name: lambda c=check: prepare(c) for name, check in named.items()}
-    for i, (name, programs) in enumerate(
-        at_once(jobs, session.workers, section.left())
-    ):
+    prepared = at_once(jobs, session.workers, section.left())
+    for i, (name, programs) in enumerate(prepared):
         if isinstance(programs, OutOfTime):
             section.give_up(name, programs)
             continue

@@ -33,8 +33,9 @@ class Method(NamedTuple):
         make: the adjoint, given a probe.
         reversible: the solver is `deqjax.Reversible` (two evaluations per step), else
             `deqjax.Picard`.
-        evals: evaluations of f alone; those with pull-back; pull-backs at a point where
-            f was linearised before: of `steps` steps and the products that were counted.
+        parts: (steps, products of a linear solve that were counted) to the numbers of
+            evaluations of f alone, of those with their pull-back, and of pull-backs at
+            a point where f was linearised before.
     """
 
     make: Callable[[Any], Any]
@@ -42,7 +43,6 @@ class Method(NamedTuple):
     parts: Callable[[int, int], tuple[int, int, int]]
 
 
-GMRES = ft.partial(deqjax.linear.GMRES, 1e-2)
 METHODS = {
     "reversible": Method(
         lambda p: deqjax.ReversibleAdjoint(probe=p),
@@ -50,7 +50,7 @@ METHODS = {
         lambda n, k: (2 * n, 2 * n, 0),
     ),
     "implicit, GMRES to 1e-2": Method(
-        lambda p: deqjax.ImplicitAdjoint(GMRES(), probe=p),
+        lambda p: deqjax.ImplicitAdjoint(deqjax.linear.GMRES(1e-2), probe=p),
         False,
         lambda n, k: (n, 1, k),
     ),

@@ -109,14 +109,9 @@ def report(results: dict[str, Any], failures: list[str]) -> str:
         rows = section["rows"]
         lines += [f"## {name}", "", f"{section['status']}.", ""]
         lines += TABLES[name](rows)
-        missing = [
-            row
-            for row in rows
-            if "skipped" in row
-            or ("error" in row and "ms" not in row and "dtype" not in row)
-        ]
+        missing = [row for row in rows if "skipped" in row or "reason" in row]
         for row in missing:
-            lines.append(f"- {row['case']}: {row.get('skipped') or row.get('error')}")
+            lines.append(f"- {row['case']}: {row.get('skipped') or row['reason']}")
         lines += [""] * bool(missing)
     lines += [f"- FAIL {line}" for line in failures] or ["No check failed."]
     return "\n".join(lines) + "\n"

@@ -74,8 +74,8 @@ class Record:
 class Section:
     """A part of a run: its rows, and the time until which it may measure.
 
-    A row with the entry `failure` is a check, failed unless that is None; `error` says
-    why something was not measured, and `skipped` why it was not tried.
+    A row with the entry `failure` is a check, failed unless that is None; `reason`
+    says why something could not be measured, and `skipped` why it was not tried.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Section:
 
     def give_up(self, case: str, error: BaseException) -> None:
         """Keep the reason why something was not measured."""
-        key = "skipped" if isinstance(error, OutOfTime) else "error"
+        key = "skipped" if isinstance(error, OutOfTime) else "reason"
         text = str(error) if key == "skipped" else reason(error)
         self.say(f"{case}: {key}: {text}")
         self.add({"case": case, key: text})

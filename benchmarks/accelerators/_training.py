@@ -225,8 +225,9 @@ class Setting(NamedTuple):
 
 
 def run(session: Session, section: Section) -> None:
-    """Rates, then the steps, then gradients against float64; halves the batch if the
-    device's memory does not suffice.
+    """Rates, then the steps, then gradients against float64.
+
+    The batch is halved as long as the device's memory does not suffice.
     """
     rates = matrix_rates(session, section)
     model = eqx.filter_jit(RevDEQLM.wikitext103)(
@@ -265,10 +266,10 @@ def _steps(
         for name, (fn, shapes) in pieces.items()
     }
     jobs |= {name: job for name, (job, _) in pieces.items()}
-    compiled: dict[str, Any] = {}
+    compiled: dict[str, Any] = dict(
+        at_once(jobs, session.workers, 0.6 * section.left())
+    )
     again = []
-    for name, result in at_once(jobs, session.workers, 0.6 * section.left()):
-        compiled[name] = result
     for i, step in enumerate(steps):
         label = f"{step.name}, {setting.case}"
         try:

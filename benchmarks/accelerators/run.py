@@ -24,7 +24,7 @@ Without an accelerator everything is small and runs on the CPU.
 """
 
 import argparse
-import datetime
+import datetime as dt
 import functools as ft
 import os
 import pathlib
@@ -91,24 +91,51 @@ def command_line() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = cli.add_argument
-    add("--output", type=pathlib.Path, required=True, metavar="DIR",
+    add(
+        "--output",
+        type=pathlib.Path,
+        required=True,
+        metavar="DIR",
         help="where results.json and report.md are written; results.json grows with "
-        "every measurement, so that a run that is stopped has lost nothing")  # fmt: skip
-    add("--minutes", type=_minutes, default=8.0, metavar="M",
+        "every measurement, so that a run that is stopped has lost nothing",
+    )
+    add(
+        "--minutes",
+        type=_minutes,
+        default=8.0,
+        metavar="M",
         help="the run ends before so many minutes are over, compiling included; what "
-        "does not fit is skipped, and the results say so. Default: 8")  # fmt: skip
-    add("--quick", action="store_true",
-        help="a few checks, small sizes, one cell: less than 3 minutes on two CPU "
-        "cores")  # fmt: skip
-    add("--only", nargs="+", choices=tuple(SECTIONS), metavar="NAME",
+        "does not fit is skipped, and the results say so. Default: 8",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="a few checks, small sizes, one cell: less than 3 minutes on two CPU cores",
+    )
+    add(
+        "--only",
+        nargs="+",
+        choices=tuple(SECTIONS),
+        metavar="NAME",
         default=tuple(SECTIONS),
-        help=f"sections to measure, of {', '.join(SECTIONS)}. Default: all")  # fmt: skip
-    add("--cases", nargs="+", default=(), metavar="TEXT",
+        help=f"sections to measure, of {', '.join(SECTIONS)}. Default: all",
+    )
+    add(
+        "--cases",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
         help="measure only the cases whose names contain one of these texts, such as "
-        "bfloat16 or convolution. Default: all")  # fmt: skip
-    add("--workers", type=int, default=None, metavar="N",
+        "bfloat16 or convolution. Default: all",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
         help="programs that are compiled at the same time. Default: 8, or the number "
-        "of CPU cores if there are fewer")  # fmt: skip
+        "of CPU cores if there are fewer",
+    )
     return cli
 
 
@@ -129,7 +156,7 @@ def head(options: argparse.Namespace) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": versions(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "xla flags": os.environ.get("XLA_FLAGS", ""),
         "options": {key: str(value) for key, value in vars(options).items()},
     }
