@@ -15,7 +15,7 @@ from .._reversal_cases import LANES
 from ..reversal import relative_error
 from ._cases import QUICK, Check, checks
 from ._programs import at_once
-from ._session import OutOfTime, Section, Session
+from ._session import OutOfTime, Section, Session, reason
 
 
 class Programs(NamedTuple):
@@ -162,7 +162,7 @@ def run(session: Session, section: Section) -> None:
                 raise programs
             rows = measure(named[name], programs)
         except Exception as error:  # Whatever happens is a row, and a failure.
-            rows = [{"case": name, "failure": f"{type(error).__name__}: {error}"[:300]}]
+            rows = [{"case": name, "failure": reason(error)}]
         for row in rows:
             section.add(row)
         section.say(f"{i + 1}/{len(jobs)} {name}: {verdict(rows)}")
