@@ -23,11 +23,17 @@ def normalise(h: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
 
 
 class Cell(NamedTuple):
-    """A cell f(z, args), its arguments, and the shape of z."""
+    """A cell f(z, args), its arguments, and the shape and dtype of z."""
 
     fn: Callable[[jax.Array, Any], jax.Array]
     args: Any
     shape: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @property
+    def start(self) -> jax.Array:
+        """z₀ = 0."""
+        return jnp.zeros(self.shape, self.dtype)
 
 
 def _draw(key: jax.Array, *shape: int) -> jax.Array:
@@ -100,7 +106,7 @@ def reversal(cell: Cell, steps: int, bits: int) -> Callable[[Any], Any]:
     """By `deqjax.ReversibleAdjoint`."""
     solver = deqjax.Reversible(None, None, beta=BETA)
     adjoint = deqjax.ReversibleAdjoint(record_bits=bits)
-    start = jnp.zeros(cell.shape, jnp.float32)
+    start = cell.start
 
     def loss(args: Any) -> jax.Array:
         sol = deqjax.fixed_point(
@@ -113,7 +119,7 @@ def reversal(cell: Cell, steps: int, bits: int) -> Callable[[Any], Any]:
 
 def backpropagation(cell: Cell, steps: int, keep: str) -> Callable[[Any], Any]:
     """Through a loop that keeps the `"states"` of its steps, or the `"activations"`."""
-    start = jnp.zeros(cell.shape, jnp.float32)
+    start = cell.start
 
     def loss(args: Any) -> jax.Array:
         def step(pair: tuple, _: None) -> tuple:
@@ -131,7 +137,7 @@ def backpropagation(cell: Cell, steps: int, keep: str) -> Callable[[Any], Any]:
 
 def forward_part(cell: Cell, steps: int) -> Callable[[Any], Any]:
     """The half steps alone."""
-    start = jnp.zeros(cell.shape, jnp.float32)
+    start = cell.start
 
     def run(args: Any) -> Any:
         half = lambda _, ab: (
@@ -145,7 +151,7 @@ def forward_part(cell: Cell, steps: int) -> Callable[[Any], Any]:
 
 def backward_part(cell: Cell, steps: int) -> Callable[[Any], Any]:
     """As many evaluations with their pull-backs."""
-    start = jnp.zeros(cell.shape, jnp.float32)
+    start = cell.start
 
     def run(args: Any) -> Any:
         def half(_: jax.Array, carry: tuple) -> tuple:

@@ -28,7 +28,9 @@ REPAIR = 0.5  # The part of the capacity that a repair may take.
 # One solve: `method(z0, x, weights, β, extra)` returns the answer and what it reports
 
 
-def reversal(fn: Callable, number: float, steps: int, **solver: Any) -> Callable:
+def reversal(
+    fn: Callable, number: float, steps: int, options: Any = None, **solver: Any
+) -> Callable:
     """By deqjax; `extra` is the probe."""
     solver = {"rtol": None, "atol": None, **solver}
 
@@ -41,6 +43,7 @@ def reversal(fn: Callable, number: float, steps: int, **solver: Any) -> Callable
             solver=deqjax.Reversible(beta=beta, **solver),
             adjoint=deqjax.ReversibleAdjoint(probe=probe),
             max_steps=steps,
+            options=options,
         )
         return sol.value, (sol.stats["num_steps"], sol.stats["converged"])
 
@@ -113,7 +116,7 @@ def gradient(run: Callable, ours: bool, jit: bool) -> Callable:
 
     def loss(z0, x, w, beta, extra, out):
         value, report = run(z0, x, w, beta, extra)
-        wide = lambda t: t.astype(jnp.float64)
+        wide = lambda t: t.astype(jnp.result_type(float))
         terms = jtu.tree_map(lambda v, c: jnp.sum(wide(v) * wide(c)), value, out)
         return sum(jtu.tree_leaves(terms)), report
 
@@ -130,16 +133,16 @@ def shard(tree: Any) -> Any:
 
 
 def widened(tree: Any) -> Any:
-    """In float64."""
-    return jtu.tree_map(lambda t: t.astype(jnp.float64), tree)
+    """In float64, on the host."""
+    return jtu.tree_map(lambda t: np.asarray(t, np.float64), tree)
 
 
 def disturbed(tree: Any, rng: np.random.Generator) -> Any:
     """With every entry moved by at most one unit in the last place."""
 
-    def move(t: jax.Array) -> jax.Array:
+    def move(t: Any) -> np.ndarray:
         u = rng.uniform(-1, 1, t.shape) * float(jnp.finfo(t.dtype).eps)
-        return (t.astype(jnp.float64) * (1 + u)).astype(t.dtype)
+        return (np.asarray(t, np.float64) * (1 + u)).astype(t.dtype)
 
     return jtu.tree_map(move, tree)
 
@@ -230,16 +233,28 @@ def _row(case: Case, programs: tuple[Callable, Callable], draw: int) -> dict[str
     counts = jnp.asarray(np.asarray(counts) - 1) if case.tested else None
     backward = lambda given: textbook(*given, beta, counts, out)[0]
     exact = backward(widened((z0, x, w)))
-    errors = [relative_error(backward((z0, x, w)), exact)]
-    if set(NARROW) & {*case.states, *case.computed} or case.kind == "narrow":
-        # Errors of few digits scatter: take the largest of a few.
-        move = ft.partial(disturbed, rng=np.random.default_rng(draw))
-        moved = [backward((*move((z0, x)), w)) for _ in range(3)]
-        errors += [relative_error(g, exact) for g in moved]
+    narrow = set(NARROW) & {*case.states, *case.computed} or case.kind == "narrow"
     floor = FLOOR["float64"] if {*case.states} == {"float64"} else ROUNDING
+    limit = granted(backward, (z0, x, w), exact, bool(narrow), draw)
     row |= {
         "error": relative_error(grad, exact),
         "worst leaf": leaf_errors(grad, exact),
     }
-    row |= {"backpropagation": max(errors), "allowed": max(2 * max(errors), floor)}
+    row |= {"backpropagation": limit, "allowed": max(2 * limit, floor)}
     return row
+
+
+def granted(
+    backward: Callable, inputs: tuple, exact: Any, scattered: bool, seed: int
+) -> float:
+    """The error of backpropagation in the dtypes of the solve.
+
+    Errors of few digits scatter: then it is the largest of a few, at inputs (z0, x, w)
+    moved by a unit in the last place.
+    """
+    errors = [relative_error(backward(inputs), exact)]
+    if scattered:
+        move = ft.partial(disturbed, rng=np.random.default_rng(seed))
+        moved = [backward((*move(inputs[:2]), inputs[2])) for _ in range(3)]
+        errors += [relative_error(g, exact) for g in moved]
+    return max(errors)

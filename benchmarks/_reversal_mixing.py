@@ -159,6 +159,7 @@ def cumulative(rng: Rng, shape: Shape) -> Piece:
 def indexing(rng: Rng, shape: Shape) -> Piece:
     n = shape[-1]
     index = rng.integers(n, size=n) if rng.random() < 0.5 else rng.permutation(n)
+    index = index.astype(np.int32)  # JAX indexes with them whether or not x64 is on.
     shift = int(rng.integers(n)) if n > 1 else 0
 
     def one_hot(h: jax.Array) -> jax.Array:

@@ -225,9 +225,12 @@ def tolerance(seed: int, steps: int = 12) -> list[dict[str, Any]]:
 
 
 def commit() -> str:
-    """The commit measured, or "unknown" outside a checkout."""
+    """The commit measured, or "unknown" outside a checkout or without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
