@@ -116,7 +116,8 @@ BFLOAT16 = (
     *("scan in f", "sort", "Fourier filter", "softmax", "relu"),
 )
 FLOAT16 = ("transformer block", "tanh")
-FLOAT64 = ("transformer block", "tanh", "convolution")
+# Without those that compute a softmax in float32 whatever their dtype is.
+FLOAT64 = ("post-norm perceptron", "tanh", "convolution")
 PRECISE = ("transformer block", "convolution", "tanh", "gated unit")
 STATIC = ("transformer block", "tanh", "convolution", "gated unit")
 QUICK = (

@@ -28,6 +28,7 @@ Storing what a reversible computation loses is due to D. Maclaurin, D. Duvenaud,
 Adams (2015), doi:10.48550/arXiv.1502.03492.
 """
 
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,15 @@ from .. import _tree
 
 # log₂ of the largest entry with the unit of its row over the row's typical size.
 _HEADROOM, _HEADROOM_NARROW = 5, 3
+
+# Binary digits of what is multiplied in products and convolutions of float32 states, by
+# their precision: GPUs take TF32 for all but the highest, TPUs one or three bfloat16.
+_PRODUCTS = {
+    "cuda": {lax.Precision.DEFAULT: 11, lax.Precision.HIGH: 11},
+    "tpu": {lax.Precision.DEFAULT: 8, lax.Precision.HIGH: 16},
+    "default": {},
+}
+_PRODUCT_NAMES = {"dot_general", "conv_general_dilated"}
 
 
 class Record(eqx.Module):
@@ -62,29 +72,45 @@ class Residues(eqx.Module):
     Args:
         betas: the weight on f of every leaf.
         z: an example of the state.
-        digits: binary digits of the least precise numbers in f.
+        digits: binary digits of the least precise numbers in f, by platform.
         bits: bits per entry and half step: 4, 8 or 16.
         batch_ndim: leading axes that index problems.
     """
 
-    digits: int = eqx.field(static=True)
     bits: int = eqx.field(static=True)
     batch_ndim: int = eqx.field(static=True)
     # Of every leaf, log₂ of the unit over the size that it follows.
     shared_unit: PyTree
     own_unit: PyTree
+    # Of every leaf, log₂ of the largest entry with the row's unit over the row's size.
+    headroom: PyTree
 
     def __init__(
-        self, betas: PyTree, z: PyTree, digits: int, bits: int, batch_ndim: int
+        self,
+        betas: PyTree,
+        z: PyTree,
+        digits: dict[str, int],
+        bits: int,
+        batch_ndim: int,
     ):
-        self.digits, self.bits, self.batch_ndim = digits, bits, batch_ndim
+        self.bits, self.batch_ndim = bits, batch_ndim
 
-        def units(shared: bool) -> PyTree:
-            modulus = self._modulus if shared else self._own_modulus
-            leaf = lambda x, b: _unit(_digits(x.dtype), digits, b, modulus, shared)
-            return jtu.tree_map(leaf, z, betas)
+        def numbers(digits: int) -> tuple[PyTree, PyTree, PyTree]:
+            def unit(x: Array, beta: Any, shared: bool) -> Any:
+                modulus = self._modulus if shared else self._own_modulus
+                return _unit(_digits(x.dtype), digits, beta, modulus, shared)
 
-        self.shared_unit, self.own_unit = units(True), units(False)
+            def headroom(x: Array) -> int:
+                narrow = min(_digits(x.dtype), digits) <= 16
+                return _HEADROOM_NARROW if narrow else _HEADROOM
+
+            units = lambda shared: jtu.tree_map(
+                lambda x, beta: unit(x, beta, shared), z, betas
+            )
+            return units(True), units(False), jtu.tree_map(headroom, z)
+
+        numbers_of = {p: ft.partial(numbers, n) for p, n in digits.items()}
+        self.shared_unit, self.own_unit, self.headroom = _of_platform(numbers_of)
 
     @property
     def _modulus(self) -> int:
@@ -98,7 +124,13 @@ class Residues(eqx.Module):
         """What is lost of a when `new` = (1 − β) a + β f, f = f(b), replaces it."""
 
         def leaf(
-            a: Array, b: Array, f: Array, new: Array, shared_unit: Any, own_unit: Any
+            a: Array,
+            b: Array,
+            f: Array,
+            new: Array,
+            shared_unit: Any,
+            own_unit: Any,
+            headroom: Any,
         ) -> tuple[Array, Array]:
             digits = _digits(a.dtype)
             a, b, f, new = (x.astype(_tree.wide(x.dtype)) for x in (a, b, f, new))
@@ -111,12 +143,12 @@ class Residues(eqx.Module):
             own = _remainder(a / unit, self._own_modulus)
             own += self._modulus + (exponent & 1) * self._own_modulus
             exponent, _ = _exponent(jnp.maximum(largest, abs(a)))
-            shares = exponent < size + self._headroom(digits)
+            shares = exponent < size + headroom
             return _pack(jnp.where(shares, shared, own), self.bits), size.astype(
                 "int16"
             )
 
-        trees = (a, b, f, new, self.shared_unit, self.own_unit)
+        trees = (a, b, f, new, self.shared_unit, self.own_unit, self.headroom)
         return Record(*_unzip(leaf, *trees, like=a))
 
     def undo(
@@ -181,9 +213,6 @@ class Residues(eqx.Module):
         trees = (f, new, betas, record.codes, record.sizes, start)
         return _unzip(leaf, b, *trees, self.shared_unit, self.own_unit, like=b)
 
-    def _headroom(self, digits: int) -> int:
-        return _HEADROOM if min(digits, self.digits) > 16 else _HEADROOM_NARROW
-
     def _typical(self, f: Array, digits: int) -> Array:
         """Per row, the exponent of the typical size of its entries.
 
@@ -235,15 +264,18 @@ def _unit(digits: int, digits_f: int, beta: Any, modulus: int, shared: bool) -> 
     return jnp.maximum(0, extra + jnp.ceil(log2).astype(jnp.int32)) - finest
 
 
-def least_digits(fn: Callable, z: PyTree, args: PyTree) -> int:
-    """Binary digits of the least precise floating-point numbers that fn computes."""
-    found = [_digits(x.dtype) for x in jtu.tree_leaves(z)]
+def least_digits(fn: Callable, z: PyTree, args: PyTree) -> dict[str, int]:
+    """Binary digits of the least precise numbers that fn computes, by platform."""
+    own = [_digits(x.dtype) for x in jtu.tree_leaves(z)]
+    found = {platform: list(own) for platform in _PRODUCTS}
 
     def visit(jaxpr: Any) -> None:
         for eqn in jaxpr.eqns:
             dtypes = [getattr(v.aval, "dtype", jnp.bool_) for v in eqn.outvars]
             inexact = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
-            found.extend(_digits(d) for d in inexact)
+            for platform, digits in found.items():
+                digits.extend(_digits(d) for d in inexact)
+                digits.append(_product_digits(eqn, _PRODUCTS[platform]))
             params = list(eqn.params.values())
             for inner in jtu.tree_leaves(params, is_leaf=lambda p: hasattr(p, "eqns")):
                 inner = getattr(inner, "jaxpr", inner)
@@ -251,7 +283,33 @@ def least_digits(fn: Callable, z: PyTree, args: PyTree) -> int:
                     visit(inner)
 
     visit(eqx.filter_make_jaxpr(fn)(z, args)[0].jaxpr)
-    return min(found)
+    return {platform: min(digits) for platform, digits in found.items()}
+
+
+def _product_digits(eqn: Any, digits: dict[lax.Precision, int]) -> int:
+    """Binary digits of what an equation multiplies; many if it is no product."""
+    many = 53
+    if eqn.primitive.name not in _PRODUCT_NAMES:
+        return many
+    if all(v.aval.dtype != jnp.float32 for v in eqn.invars):
+        return many
+    precision = eqn.params["precision"]
+    if not isinstance(precision, tuple):
+        precision = (precision,)
+    kinds = (lax.Precision.DEFAULT if p is None else p for p in precision)
+    # An algorithm that somebody has named is taken by what its name says.
+    named = {"TF32_TF32_F32": 11, "BF16_BF16_F32": 8, "F16_F16_F32": 11}
+    return min(digits.get(k, named.get(getattr(k, "name", ""), many)) for k in kinds)
+
+
+def _of_platform(numbers: dict[str, Callable[[], PyTree]]) -> PyTree:
+    """What is computed on the platform that the program is compiled for."""
+    found = {platform: fn() for platform, fn in numbers.items()}
+    static = not any(eqx.is_array(x) for x in jtu.tree_leaves(found))
+    if static and all(x == found["default"] for x in found.values()):
+        return found["default"]
+    as_arrays = lambda x: lambda: jtu.tree_map(jnp.int32, x)
+    return lax.platform_dependent(**{p: as_arrays(x) for p, x in found.items()})
 
 
 def _digits(dtype: Any) -> int:
