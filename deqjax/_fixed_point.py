@@ -98,9 +98,25 @@ def fixed_point(
     z0 = jtu.tree_map_with_path(_canonical_leaf, z0)
     if not jtu.tree_leaves(z0):
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
-    return _solve(
-        fn, z0, args, solver, adjoint, options, max_steps, has_aux, throw, tags
-    )
+    try:
+        return _solve(
+            fn, z0, args, solver, adjoint, options, max_steps, has_aux, throw, tags
+        )
+    except TypeError as error:
+        # JAX differentiates the program as a whole, where an adjoint sees nothing.
+        if isinstance(adjoint, ReversibleAdjoint) and _NO_FORWARD_MODE in str(error):
+            raise TypeError(_REVERSE_ONLY) from error
+        raise
+
+
+# From the message of JAX for functions with a derivative rule for reverse mode alone.
+_NO_FORWARD_MODE = "(jvp) to a custom_vjp function"
+
+_REVERSE_ONLY = (
+    "`ReversibleAdjoint` is for reverse mode (`jax.grad`, `jax.vjp`). For forward mode "
+    "(`jax.jvp`, `jax.jacfwd`, `jax.linearize`) use "
+    "`adjoint=deqjax.ImplicitAdjoint()`, the derivative of the fixed point."
+)
 
 
 @eqx.filter_jit

@@ -150,12 +150,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
             fn=None, y0=None, args=None, solver=solver, options=options
         )
         plan = _Plan(self.record_bits, self.on_drift, self.drift_tol)
-        try:
-            value, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
-        except TypeError as error:
-            if "custom_vjp" not in str(error):
-                raise
-            raise TypeError(_FORWARD) from error
+        value, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
         return value, tuple(detach(Extras(*extras)))
 
 
@@ -355,10 +350,4 @@ _DRIFTED = (
     "recorded bits repair (randomness that no key fixes, or noise far above the "
     "rounding of the states): use `ReversibleAdjoint(record_bits=16)`, or "
     '`on_drift="recompute"`.'
-)
-
-_FORWARD = (
-    "`ReversibleAdjoint` is for reverse mode (`jax.grad`, `jax.vjp`). For forward mode "
-    "(`jax.jvp`, `jax.jacfwd`, `jax.linearize`) use "
-    "`adjoint=deqjax.ImplicitAdjoint()`, the derivative of the fixed point."
 )

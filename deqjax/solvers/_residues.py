@@ -252,7 +252,7 @@ def _unit(digits: int, digits_f: int, beta: Any, modulus: int, shared: bool) -> 
         expected = 2.0 if narrow else 8.0
     noise = finest
     if digits_f < digits:
-        noise = digits_f + 3 if shared and digits_f <= 16 else digits_f
+        noise = digits_f + 1 if shared and digits_f <= 16 else digits_f
     extra = finest - min(noise, finest)
 
     def needed(beta: Any) -> Any:
@@ -289,6 +289,8 @@ def least_digits(fn: Callable, z: PyTree, args: PyTree) -> dict[str, int]:
 def _product_digits(eqn: Any, digits: dict[lax.Precision, int]) -> int:
     """Binary digits of what an equation multiplies; many if it is no product."""
     many = 53
+    if eqn.primitive.name == "reduce_precision":
+        return eqn.params["mantissa_bits"] + 1
     if eqn.primitive.name not in _PRODUCT_NAMES:
         return many
     if all(v.aval.dtype != jnp.float32 for v in eqn.invars):

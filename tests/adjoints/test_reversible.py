@@ -323,11 +323,16 @@ def test_noise_is_always_noticed():
 # --- what is refused ------------------------------------------------------------------
 
 
-def test_forward_mode_is_refused():
+@pytest.mark.parametrize(
+    "transform",
+    [lambda run, x: jax.jvp(run, (x,), (x,)), lambda run, x: jax.jacfwd(run)(x)],
+    ids=["jvp", "jacfwd"],
+)
+def test_forward_mode_is_refused_with_what_to_use(transform):
     p = problem("tanh")
     run = loss(p, solver(), max_steps=2)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(run, (p.args,), (p.args,))
+    with pytest.raises(TypeError, match=r"reverse mode.*ImplicitAdjoint\(\)"):
+        transform(run, p.args)
 
 
 def test_the_probe_must_be_one():
