@@ -176,6 +176,46 @@ def test_other_numbers_of_bits(bits, beta, ulps, x64):
     check_level(beta, 30, ulps, bits=bits, bound=5e-5 if bits == 4 else 2e-6)
 
 
+@pytest.mark.parametrize("digits", [11, 8], ids=["TF32", "bfloat16"])
+def test_products_of_few_digits(digits, x64):
+    """As GPUs and TPUs multiply float32: the factors are rounded, sums are not."""
+
+    def fn(z, args):
+        def rounded(x):
+            return lax.reduce_precision(x, 8, digits - 1) if x.dtype == "float32" else x
+
+        w, x = args
+        product = lambda z: rounded(z) @ rounded(w)
+        norm = lambda h: h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 0.1)
+        return {
+            "tanh": jnp.tanh(product(z["tanh"]) + x),
+            "relu": jax.nn.relu(product(z["relu"]) + x),
+            "norm": norm(0.3 * z["norm"] + jax.nn.gelu(product(z["norm"])) + x),
+        }
+
+    w, x = narrowed((weights(jr.key(0), 64, gain=0.9), jr.normal(jr.key(1), (8, 64))))
+    z0 = dict.fromkeys(("tanh", "relu", "norm"), jnp.zeros_like(x))
+
+    @jax.jit
+    def ours(x, probe, beta):
+        run = lambda x, q: solve(fn, z0, (w, x), q, solver=static(beta=beta), steps=16)
+        return jax.grad(lambda x, q: weigh(run(x, q).value), (0, 1))(x, probe)
+
+    @jax.jit
+    def plain(w, x, beta):
+        return jax.grad(lambda x: weigh(plain_value(fn, z, (w, x), 16, beta)))(x)
+
+    for beta in map(jnp.float32, (0.5, 0.8)):
+        got, stats = ours(x, deqjax.BackwardStats(), beta)
+        z = narrowed(z0)
+        single = plain(w, x, beta)
+        z = widened(z0)
+        want = plain(*widened((w, x, beta)))
+        assert float(stats.drift) == 0
+        assert float(stats.repair) <= 0.9
+        assert error(got, want) <= 2 * error(single, want)
+
+
 # --- scales ---------------------------------------------------------------------------
 
 
