@@ -20,6 +20,7 @@ from .. import (
     _reversal_measures as reversal,
     _solver_measures as measures,
 )
+from .._reversal_pieces import at_least
 from ..model_table import nll
 from ..reversal import relative_error
 from ._cells import structs
@@ -132,7 +133,8 @@ def loss_of(static: Any, step: Step) -> Callable:
             lambda m: m.deq.adjoint, model, adjoint, is_leaf=lambda x: x is None
         )
         sol = model.solve(tokens, max_steps=step.depth)
-        return nll(model.logits(sol.value).astype(jnp.float32), targets)
+        logits = model.logits(sol.value)
+        return nll(logits.astype(at_least(logits.dtype)), targets)
 
     return loss
 
