@@ -15,9 +15,9 @@ from benchmarks.accelerators import (
     _cases as cases,
     _checks as checks,
     _gradients as gradients,
+    _language_model as language_model,
     _programs as programs,
     _session as session,
-    _training as training,
     run,
 )
 from deqjax.nn import RevDEQLM
@@ -222,7 +222,7 @@ def test_operations_are_those_of_the_matrices():
     # q, k, v; the attention's q, k, v and output; 8 → 16 → 16 → 8.
     block = 2 * (7 * 8 * 8 + 8 * 16 + 16 * 16 + 16 * 8) * 4 + 4 * 4 * 4 * 8
     head = 2 * 8 * 32 * 4
-    useful, executed = training.operations(model, 3, 5)
+    useful, executed = language_model.operations(model, 3, 5)
     assert useful == 3 * (3 * 10 * block + 3 * head)
     assert executed == 3 * (4 * 10 * block + 3 * head)
 
