@@ -14,11 +14,13 @@ SIZES = {
     "small perceptron": (256, 256),
     "large perceptron": (4096, 1024),
     "transformer block": (32, 448, 768),
+    "thin transformer block": (4, 448, 768),
 }
 SMALL = {
     "small perceptron": (32, 64),
     "large perceptron": (128, 128),
     "transformer block": (2, 32, 64),
+    "thin transformer block": (2, 16, 64),
 }
 
 

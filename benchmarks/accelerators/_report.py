@@ -43,6 +43,18 @@ def training(rows: Rows) -> list[str]:
         line += [_short(row.get(key)) for key in keys]
         line.append(_short(row["temp bytes"], 2**-30))
         body.append([*line, *(_short(row.get(key)) for key in ("drift", "repair"))])
+    lines += _grid(head, body)
+    head = ["against float64", "drift", "repair", "error", "of backpropagation", ""]
+    keys = ("drift", "repair", "error", "backpropagation")
+    body = [
+        [
+            row["case"],
+            *(number(row[key]) for key in keys),
+            "PASS" if row["failure"] is None else f"FAIL: {row['failure']}",
+        ]
+        for row in rows
+        if row["case"].startswith("gradient") and "failure" in row
+    ]
     return [*lines, *_grid(head, body)]
 
 
