@@ -196,7 +196,10 @@ class Noisy(NamedTuple):
         entry, row = (t.astype(wide) for t in args[1][1:])
         value = lax.stop_gradient(out).astype(wide)
         rms = jnp.sqrt(jnp.mean(value * value, -1, keepdims=True))
-        drawn = io_callback(noise, jax.ShapeDtypeStruct(SHAPE, jnp.float64))
+        widest = jax.dtypes.canonicalize_dtype(jnp.float64)
+        drawn = io_callback(
+            lambda: noise().astype(widest), jax.ShapeDtypeStruct(SHAPE, widest)
+        )
         moved = value + drawn.astype(wide) * (entry * jnp.abs(value) + row * rms)
         return out + lax.stop_gradient(moved.astype(out.dtype) - out)
 

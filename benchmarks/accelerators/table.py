@@ -1,6 +1,6 @@
 """The recorded results as tables that the documentation includes.
 
-    python -m benchmarks.accelerators.table benchmarks/results/accelerators-h200.json
+python -m benchmarks.accelerators.table benchmarks/results/accelerators-h200.json
 """
 
 import argparse
