@@ -171,7 +171,7 @@ AMPLIFIED = 100
 
 def noise() -> np.ndarray:
     """Another one at every call."""
-    return _NOISE.uniform(-1, 1, SHAPE)
+    return _NOISE.uniform(-1, 1, SHAPE).astype(np.float32)
 
 
 _NOISE = np.random.default_rng(0)
@@ -196,10 +196,7 @@ class Noisy(NamedTuple):
         entry, row = (t.astype(wide) for t in args[1][1:])
         value = lax.stop_gradient(out).astype(wide)
         rms = jnp.sqrt(jnp.mean(value * value, -1, keepdims=True))
-        widest = jax.dtypes.canonicalize_dtype(jnp.float64)
-        drawn = io_callback(
-            lambda: noise().astype(widest), jax.ShapeDtypeStruct(SHAPE, widest)
-        )
+        drawn = io_callback(noise, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
         moved = value + drawn.astype(wide) * (entry * jnp.abs(value) + row * rms)
         return out + lax.stop_gradient(moved.astype(out.dtype) - out)
 
