@@ -121,7 +121,7 @@ FLOAT64 = ("post-norm perceptron", "tanh", "convolution")
 PRECISE = ("transformer block", "convolution", "tanh", "gated unit")
 STATIC = ("transformer block", "tanh", "convolution", "gated unit")
 QUICK = (
-    *("tanh, float32", "transformer block, bfloat16", "convolution, float32"),
+    *("tanh, float32", "layer norm, bfloat16", "convolution, float32"),
     *("sort, float32", "tanh, float32, β and N static"),
 )
 
