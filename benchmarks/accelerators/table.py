@@ -25,7 +25,7 @@ def table(results: dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="results.json of a run")
     parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
     options = parser.parse_args(argv)
