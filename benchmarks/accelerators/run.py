@@ -158,7 +158,8 @@ def head(options: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "xla flags": os.environ.get("XLA_FLAGS", ""),
-        "options": {key: str(value) for key, value in vars(options).items()},
+        # Without the folder, which is the machine's own.
+        "options": {k: str(v) for k, v in vars(options).items() if k != "output"},
     }
 
 

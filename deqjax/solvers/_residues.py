@@ -28,7 +28,6 @@ Storing what a reversible computation loses is due to D. Maclaurin, D. Duvenaud,
 Adams (2015), doi:10.48550/arXiv.1502.03492.
 """
 
-import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +50,6 @@ _PRODUCTS = {
     "tpu": {lax.Precision.DEFAULT: 8, lax.Precision.HIGH: 16},
     "default": {},
 }
-_PRODUCT_NAMES = {"dot_general", "conv_general_dilated"}
 
 
 class Record(eqx.Module):
@@ -109,8 +107,8 @@ class Residues(eqx.Module):
             )
             return units(True), units(False), jtu.tree_map(headroom, z)
 
-        numbers_of = {p: ft.partial(numbers, n) for p, n in digits.items()}
-        self.shared_unit, self.own_unit, self.headroom = _of_platform(numbers_of)
+        found = _of_platform({p: numbers(n) for p, n in digits.items()})
+        self.shared_unit, self.own_unit, self.headroom = found
 
     @property
     def _modulus(self) -> int:
@@ -247,7 +245,7 @@ def _unit(digits: int, digits_f: int, beta: Any, modulus: int, shared: bool) -> 
     if shared:
         # Entries around the typical size lose no digit, or few of many.
         finest = digits if digits <= 16 else digits - 3
-        expected = 8.0 if digits <= 16 else 16.0
+        expected = 12.0 if digits <= 16 else 16.0
     else:
         expected = 2.0 if narrow else 8.0
     noise = finest
@@ -275,7 +273,7 @@ def least_digits(fn: Callable, z: PyTree, args: PyTree) -> dict[str, int]:
             inexact = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
             for platform, digits in found.items():
                 digits.extend(_digits(d) for d in inexact)
-                digits.append(_product_digits(eqn, _PRODUCTS[platform]))
+                digits.append(_rounded_to(eqn, _PRODUCTS[platform]))
             params = list(eqn.params.values())
             for inner in jtu.tree_leaves(params, is_leaf=lambda p: hasattr(p, "eqns")):
                 inner = getattr(inner, "jaxpr", inner)
@@ -286,12 +284,13 @@ def least_digits(fn: Callable, z: PyTree, args: PyTree) -> dict[str, int]:
     return {platform: min(digits) for platform, digits in found.items()}
 
 
-def _product_digits(eqn: Any, digits: dict[lax.Precision, int]) -> int:
-    """Binary digits of what an equation multiplies; many if it is no product."""
+def _rounded_to(eqn: Any, products: dict[lax.Precision, int]) -> int:
+    """Binary digits to which an equation rounds its operands; many if it does not."""
     many = 53
     if eqn.primitive.name == "reduce_precision":
         return eqn.params["mantissa_bits"] + 1
-    if eqn.primitive.name not in _PRODUCT_NAMES:
+    # Products of matrices, convolutions.
+    if "precision" not in eqn.params:
         return many
     if all(v.aval.dtype != jnp.float32 for v in eqn.invars):
         return many
@@ -301,17 +300,16 @@ def _product_digits(eqn: Any, digits: dict[lax.Precision, int]) -> int:
     kinds = (lax.Precision.DEFAULT if p is None else p for p in precision)
     # An algorithm that somebody has named is taken by what its name says.
     named = {"TF32_TF32_F32": 11, "BF16_BF16_F32": 8, "F16_F16_F32": 11}
-    return min(digits.get(k, named.get(getattr(k, "name", ""), many)) for k in kinds)
+    return min(products.get(k, named.get(getattr(k, "name", ""), many)) for k in kinds)
 
 
-def _of_platform(numbers: dict[str, Callable[[], PyTree]]) -> PyTree:
-    """What is computed on the platform that the program is compiled for."""
-    found = {platform: fn() for platform, fn in numbers.items()}
-    static = not any(eqx.is_array(x) for x in jtu.tree_leaves(found))
-    if static and all(x == found["default"] for x in found.values()):
-        return found["default"]
+def _of_platform(numbers: dict[str, PyTree]) -> PyTree:
+    """The numbers of the platform that the program is compiled for."""
+    static = not any(eqx.is_array(x) for x in jtu.tree_leaves(numbers))
+    if static and all(x == numbers["default"] for x in numbers.values()):
+        return numbers["default"]
     as_arrays = lambda x: lambda: jtu.tree_map(jnp.int32, x)
-    return lax.platform_dependent(**{p: as_arrays(x) for p, x in found.items()})
+    return lax.platform_dependent(**{p: as_arrays(x) for p, x in numbers.items()})
 
 
 def _digits(dtype: Any) -> int:

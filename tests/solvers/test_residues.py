@@ -21,8 +21,8 @@ BETAS = (0.3, 0.5, 0.8, 0.95)
 DIGITS = {"float32": 24, "bfloat16": 8, "float16": 11, "float64": 53}
 SHARED = {
     "float32": (21, 16),
-    "bfloat16": (8, 8),
-    "float16": (11, 8),
+    "bfloat16": (8, 12),
+    "float16": (11, 12),
     "float64": (50, 16),
 }
 OWN = {"float32": (24, 8), "bfloat16": (8, 2), "float16": (11, 2), "float64": (53, 8)}
@@ -386,7 +386,7 @@ def test_numbers_of_lower_precision_in_f(x64):
     """A state of 32 bits and products of bfloat16, which are off by their roundings."""
     rng = np.random.default_rng(5)
     a, b, f, noise = (jnp.float32(rng.normal(size=(40, 24))) for _ in "abfn")
-    off = f * (1 + 2.0**-9 * jnp.tanh(noise))
+    off = f * (1 + 2.0**-8 * jnp.tanh(noise))
 
     @ft.partial(jax.jit, static_argnums=0)
     def run(digits, beta):
@@ -395,9 +395,9 @@ def test_numbers_of_lower_precision_in_f(x64):
         found = residues.record(a, b, f, new)
         return residues.undo(b, off, new, beta, found, a, jnp.array(False))
 
-    for beta in map(jnp.float32, (0.5, 0.8)):
+    for beta in map(jnp.float32, (0.5, 0.9)):
         state, repair = run(8, beta)
-        assert 0.02 < float(jnp.max(repair)) <= 0.6
+        assert 0.02 < float(jnp.max(repair)) <= 0.5
         # To the resolution that such evaluations have.
         assert float(jnp.max(jnp.abs(state - a))) <= 2.0**-6 / (1 - beta)
         lost, _ = run(24, beta)
