@@ -188,44 +188,47 @@ def test_other_numbers_of_bits(bits, beta, x64):
     check_level(beta, 30, 2, bits=bits, bound=5e-5 if bits == 4 else 4e-6)
 
 
-@pytest.mark.parametrize("digits", [11, 8], ids=["TF32", "bfloat16"])
-def test_products_of_few_digits(digits, x64):
+def few_digits(digits):
     """As GPUs and TPUs multiply float32: the factors are rounded, sums are not."""
 
-    def fn(z, args):
-        def rounded(x):
-            return lax.reduce_precision(x, 8, digits - 1) if x.dtype == "float32" else x
+    def product(z, w):
+        if z.dtype != "float32":
+            return z @ w
+        rounded = lambda x: lax.reduce_precision(x, 8, digits - 1)
+        return rounded(z) @ rounded(w)
 
+    def fn(z, args):
         w, x = args
-        product = lambda z: rounded(z) @ rounded(w)
         norm = lambda h: h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 0.1)
         return {
-            "tanh": jnp.tanh(product(z["tanh"]) + x),
-            "relu": jax.nn.relu(product(z["relu"]) + x),
-            "norm": norm(0.3 * z["norm"] + jax.nn.gelu(product(z["norm"])) + x),
+            "tanh": jnp.tanh(product(z["tanh"], w) + x),
+            "relu": jax.nn.relu(product(z["relu"], w) + x),
+            "norm": norm(0.3 * z["norm"] + jax.nn.gelu(product(z["norm"], w)) + x),
+            "affine": 0.3 * z["affine"] + 0.6 * product(z["affine"], w) + x,
         }
 
+    return fn
+
+
+@pytest.mark.parametrize("digits", [11, 8], ids=["TF32", "bfloat16"])
+@pytest.mark.parametrize(("beta", "bits"), [(0.5, 8), (0.8, 8), (0.95, 16)])
+def test_products_of_few_digits(beta, bits, digits, x64):
+    fn, names = few_digits(digits), ("tanh", "relu", "norm", "affine")
     w, x = narrowed((weights(jr.key(0), 64, gain=0.9), jr.normal(jr.key(1), (8, 64))))
-    z0 = dict.fromkeys(("tanh", "relu", "norm"), jnp.zeros_like(x))
+    z0 = dict.fromkeys(names, jnp.zeros_like(x))
 
-    @jax.jit
-    def ours(x, probe, beta):
-        run = lambda x, q: solve(fn, z0, (w, x), q, solver=static(beta=beta), steps=16)
-        return jax.grad(lambda x, q: weigh(run(x, q).value), (0, 1))(x, probe)
+    def ours(x, probe):
+        adjoint = deqjax.ReversibleAdjoint(record_bits=bits, probe=probe)
+        settings = {"solver": static(beta=beta), "steps": 16, "adjoint": adjoint}
+        return weigh(solve(fn, z0, (w, x), **settings).value)
 
-    @jax.jit
-    def plain(w, x, beta):
-        return jax.grad(lambda x: weigh(plain_value(fn, z, (w, x), 16, beta)))(x)
-
-    for beta in map(jnp.float32, (0.5, 0.8)):
-        got, stats = ours(x, deqjax.BackwardStats(), beta)
-        z = narrowed(z0)
-        single = plain(w, x, beta)
-        z = widened(z0)
-        want = plain(*widened((w, x, beta)))
-        assert float(stats.drift) == 0
-        assert float(stats.repair) <= 0.9
-        assert error(got, want) <= 2 * error(single, want)
+    got, stats = jax.jit(jax.grad(ours, (0, 1)))(x, deqjax.BackwardStats())
+    plain = looped(fn, 16, beta)
+    both = jax.jit(jax.grad(lambda x, w, z: plain((w, x), z)))
+    single, want = both(x, w, z0), both(*widened((x, w, z0)))
+    assert float(stats.drift) == 0
+    assert float(stats.repair) <= 0.9
+    assert error(got, want) <= 2 * error(single, want)
 
 
 # --- scales ---------------------------------------------------------------------------

@@ -46,22 +46,25 @@ def test_a_random_map(kind, number):
     check(measures.measure(cases.case(0, kind, number), 2))
 
 
+# What is asked of all maps and not reached by these; they fail as soon as it is.
+GAPS = {
+    ("sort", 2): "bfloat16, β = 0.9: a repair of 0.70",
+    ("spectral", 0): "float16: the solve does not converge, and is not compared",
+    ("centred", 1): "a fixed point next to 0 of terms of order one: drift, visibly",
+    ("centred", 2): "likewise, β = 0.9: a repair of 0.67",
+}
+
+
+def many() -> list:
+    marks = lambda case: [pytest.mark.xfail(reason=GAPS[case])] if case in GAPS else []
+    drawn = [(kind, number) for kind in cases.MAPS for number in range(3)]
+    return [pytest.param(*case, marks=marks(case)) for case in drawn]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", cases.MAPS)
-def test_many_random_maps(kind):
-    """Some exceed what a byte repairs, visibly, or resolve more coarsely than asked."""
-    numbers = range(3)
-    rows = [r for n in numbers for r in measures.measure(cases.case(1, kind, n), 2)]
-    right = [row for row in rows if row["failure"] is None]
-    # Fixed points next to 0 of terms of order one: mostly beyond the capacity.
-    few = 0 if kind == "centred" else len(rows) - 2
-    assert len(right) >= few, rows
-    if right:
-        check(right)
-    for row in rows:
-        if "silently" in (row["failure"] or ""):
-            # Products of few digits in f: within what such products mean.
-            assert row["error"] <= min(100 * row["allowed"], 1e-3), row
+@pytest.mark.parametrize(("kind", "number"), many())
+def test_many_random_maps(kind, number):
+    check(measures.measure(cases.case(1, kind, number), 2))
 
 
 def test_two_leaves_of_different_scales():
