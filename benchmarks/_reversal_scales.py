@@ -170,8 +170,12 @@ AMPLIFIED = 100
 
 
 def noise() -> np.ndarray:
-    """Another one at every call."""
-    return _NOISE.uniform(-1, 1, SHAPE).astype(np.float32)
+    """Another one at every call, in units of 2⁻³¹.
+
+    As integers, since a map that computes with float32 numbers is taken for one of
+    their precision, and callbacks do not know whether x64 is on.
+    """
+    return _NOISE.integers(-(2**31), 2**31, SHAPE, dtype=np.int32)
 
 
 _NOISE = np.random.default_rng(0)
@@ -196,8 +200,9 @@ class Noisy(NamedTuple):
         entry, row = (t.astype(wide) for t in args[1][1:])
         value = lax.stop_gradient(out).astype(wide)
         rms = jnp.sqrt(jnp.mean(value * value, -1, keepdims=True))
-        drawn = io_callback(noise, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
-        moved = value + drawn.astype(wide) * (entry * jnp.abs(value) + row * rms)
+        drawn = io_callback(noise, jax.ShapeDtypeStruct(SHAPE, jnp.int32))
+        size = (entry * jnp.abs(value) + row * rms) / 2**31
+        moved = value + drawn.astype(wide) * size
         return out + lax.stop_gradient(moved.astype(out.dtype) - out)
 
     def rows(self, seed: int) -> Iterator[dict[str, Any]]:
