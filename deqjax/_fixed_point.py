@@ -57,7 +57,8 @@ def fixed_point(
         options: `{"step_budget": n}`: take at most n steps, n being an integer that may
             be traced, so that changing it does not recompile; `{"record": True}`: add
             `residual_history`; `{"beta": value}`: the weight on f of a
-            `deqjax.Reversible` for this solve. The other entries that a solver of
+            `deqjax.Reversible` for this solve; `{"companion": y}`: its second state at
+            the start, to go on from another solve. The other entries that a solver of
             optimistix takes (`lower` and `upper`, say) are passed on to it.
         tags: lineax tags for the structure of J − I, for the implicit adjoint.
 

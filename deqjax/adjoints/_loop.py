@@ -8,6 +8,7 @@ when every problem is done, whatever happens to a single one of them.
 from collections.abc import Callable
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -28,6 +29,7 @@ from .._upstream import (
 )
 from ..solvers._base import AbstractSolver
 from ..solvers._foreign import Foreign
+from ..solvers._reversible import ReversibleState
 
 
 def solve(
@@ -215,7 +217,27 @@ def as_inputs(inputs: tuple) -> Inputs:
     )
 
 
-def detach(extras: Extras) -> Extras:
-    """Refuse derivatives of everything that has none: all of the extras but aux."""
+def companion(extras: Extras) -> PyTree:
+    """The companion y of the answer of `Reversible`; None for any other solver."""
+    state = extras.dynamic_state
+    if not isinstance(state, ReversibleState):
+        return None
+    tested = state.progress.value is not None
+    return state.progress.value[0] if tested else state.companion
+
+
+def detach(extras: Extras, *, exact: PyTree = None) -> Extras:
+    """Refuse derivatives of everything that has none: all of the extras but aux.
+
+    Args:
+        extras: of a solve.
+        exact: the companion of the answer, where its derivative is that of the steps.
+    """
+    found = companion(extras)
     rest = jtu.tree_map(nondifferentiable_backward, extras._replace(aux=None))
+    if found is not None:
+        if exact is None:
+            exact = jtu.tree_map(nondifferentiable_backward, found)
+        where = lambda e: e.dynamic_state.companion
+        rest = eqx.tree_at(where, rest, exact)
     return rest._replace(aux=extras.aux)

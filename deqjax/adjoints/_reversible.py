@@ -16,7 +16,7 @@ from .._checks import refuse_retired
 from .._upstream import Extras, Inputs, unvmap_any
 from ..solvers._reversible import Reversible
 from ._cotangents import materialise, none_like
-from ._loop import as_inputs, detach, solve
+from ._loop import as_inputs, companion, detach, solve
 from ._stats import BackwardStats, check_probe
 from ._sweeps import ForwardSweep, Tape, add, replay, reverse_sweep
 
@@ -24,7 +24,8 @@ from ._sweeps import ForwardSweep, Tape, add, replay, reverse_sweep
 class ReversibleAdjoint(optx.AbstractAdjoint):
     r"""The exact gradient of the steps taken, by undoing them one after the other.
 
-    Backwards from (y_N, z_N), with z̄ the cotangent of the answer and ȳ = 0, twice per
+    Backwards from (y_N, z_N), with z̄ the cotangent of the answer and ȳ that of its
+    companion (0 unless another solve goes on from it), twice per
     step (a, b being the two states, exchanged at each half step):
 
     $$ a = \frac{b' - \beta f(a')}{1-\beta}, \quad b = a', \qquad
@@ -141,24 +142,28 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
             raise ValueError(
                 "`ReversibleAdjoint` needs a finite `max_steps`; got None."
             )
-        theta = _Theta(
-            named.fn, named.y0, named.args, solver.betas(named.y0, named.options)
-        )
-        options = {k: v for k, v in named.options.items() if k != "beta"}
+        options = dict(named.options)
+        betas = solver.betas(named.y0, options)
+        options.pop("beta", None)
+        start = options.pop("companion", None), named.y0
+        theta = _Theta(named.fn, start, named.args, betas)
         solver = eqx.tree_at(lambda s: s.beta, solver, None)
         rest = named._replace(
             fn=None, y0=None, args=None, solver=solver, options=options
         )
         plan = _Plan(self.record_bits, self.on_drift, self.drift_tol)
-        value, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
-        return value, tuple(detach(Extras(*extras)))
+        pair, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
+        return pair[1], tuple(detach(Extras(*extras), exact=pair[0]))
 
 
 class _Theta(eqx.Module):
-    """All that the answer is differentiated by."""
+    """All that the answer is differentiated by.
+
+    The start is (y₀, z₀), y₀ being None where it is z₀.
+    """
 
     fn: Any
-    y0: PyTree
+    start: PyTree
     args: PyTree
     betas: PyTree
 
@@ -166,7 +171,13 @@ class _Theta(eqx.Module):
         solver = eqx.tree_at(
             lambda s: s.beta, rest.solver, self.betas, is_leaf=lambda x: x is None
         )
-        return rest._replace(fn=self.fn, y0=self.y0, args=self.args, solver=solver)
+        companion, y0 = self.start
+        options = dict(rest.options)
+        if companion is not None:
+            options["companion"] = companion
+        return rest._replace(
+            fn=self.fn, y0=y0, args=self.args, solver=solver, options=options
+        )
 
 
 class _Plan(eqx.Module):
@@ -186,7 +197,7 @@ def _reversible(
 ) -> PyTree:
     inputs = active[0].inputs(rest)
     value, extras = solve(primal_fn, inputs, ForwardSweep(inputs, None))
-    return value, tuple(extras)
+    return (companion(extras), value), tuple(extras)
 
 
 @_reversible.def_fwd
@@ -196,12 +207,12 @@ def _reversible_fwd(perturbed, active, rest, plan, primal_fn):
 
 @_reversible.def_bwd
 def _reversible_bwd(tape, cotangents, perturbed, active, rest, plan, primal_fn):
-    ct_value, ct_extras = cotangents
+    ct_pair, ct_extras = cotangents
     ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
     theta, probe = active
     p_theta, p_probe = perturbed
     gradient, drift, repair = _backward(
-        theta, (ct_value, ct_aux), tape, p_theta, rest, plan
+        theta, (ct_pair, ct_aux), tape, p_theta, rest, plan
     )
     g_probe = none_like(probe)
     if any(jtu.tree_leaves(p_probe)):
@@ -219,7 +230,7 @@ def _forward(theta: _Theta, rest: Inputs, plan: _Plan, primal_fn: Callable) -> P
     inputs = theta.inputs(rest)
     sweep = ForwardSweep(inputs, plan.record_bits)
     value, extras = solve(primal_fn, inputs, sweep)
-    return (value, tuple(extras)), sweep.tape
+    return ((companion(extras), value), tuple(extras)), sweep.tape
 
 
 @_forward.def_jvp
@@ -228,9 +239,9 @@ def _forward_jvp(primals, tangents):
     (_, extras), tape = out = _forward(*primals)
     moving, fixed = _split(theta, tangents[0])
     run = lambda moving: _replay(eqx.combine(moving, fixed), rest, tape)
-    _, (t_value, t_aux) = jax.jvp(run, (moving,), (tangents[0],))
+    _, (t_pair, t_aux) = jax.jvp(run, (moving,), (tangents[0],))
     t_extras = none_like(Extras(*extras))._replace(aux=t_aux)
-    return out, ((t_value, tuple(t_extras)), none_like(tape))
+    return out, ((t_pair, tuple(t_extras)), none_like(tape))
 
 
 @eqx.filter_custom_jvp
@@ -240,8 +251,8 @@ def _backward(
     """The gradient where it is asked for, the drift, and the largest repair."""
     moving, fixed = eqx.partition(theta, perturbed)
     solver: Reversible = rest.solver
-    y0 = theta.y0
-    moving = eqx.tree_at(lambda m: m.y0, moving, None, is_leaf=lambda x: x is None)
+    _, z0 = theta.start
+    moving = eqx.tree_at(lambda m: m.start, moving, None)
 
     def evaluate(z: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
         whole = eqx.combine(moving, fixed)
@@ -249,14 +260,14 @@ def _backward(
         return f, eqx.filter(aux, eqx.is_inexact_array)
 
     weights = lambda moving: eqx.combine(moving, fixed).betas
-    (y, z), (ct_value, ct_aux) = tape.pair, cts
-    ct_y, ct_z = _tree.zeros_like(y0), materialise(ct_value, y0)
+    (y, z), (ct_pair, ct_aux) = tape.pair, cts
+    ct_y, ct_z = (materialise(ct, z0) for ct in ct_pair)
     g_aux = None
     if jtu.tree_leaves(ct_aux):
         # aux came from the last evaluation, or from that which tested the answer.
         point = y if solver.static else z
         (_, aux), pull = jax.vjp(evaluate, point, moving)
-        g_z, g_aux = pull((_tree.zeros_like(y0), materialise(ct_aux, aux)))
+        g_z, g_aux = pull((_tree.zeros_like(z0), materialise(ct_aux, aux)))
         ct_y, ct_z = (add(ct_y, g_z), ct_z) if solver.static else (ct_y, add(ct_z, g_z))
 
     same = solver.static and "step_budget" not in rest.options
@@ -264,18 +275,18 @@ def _backward(
         lambda z, moving: evaluate(z, moving)[0],
         weights,
         moving,
-        y0,
         (ct_y, ct_z),
         tape,
         rest.max_steps if same else None,
     )
     total = found.moving if g_aux is None else add(found.moving, g_aux)
     g_moving = jtu.tree_map(lambda g, p: g.astype(p.dtype), total, moving)
-    gradient = eqx.tree_at(
-        lambda m: m.y0, g_moving, found.start, is_leaf=lambda x: x is None
+    with_start = lambda g, start: eqx.tree_at(
+        lambda m: m.start, g, start, is_leaf=lambda x: x is None
     )
+    gradient = with_start(g_moving, found.start)
     k = solver.batch_ndim
-    size = jnp.maximum(_tree.max_abs(y0, k), _tree.max_abs(z, k))
+    size = jnp.maximum(_tree.max_abs(z0, k), _tree.max_abs(z, k))
     bad = ~(found.drift <= plan.drift_tol * size)
     if plan.on_drift == "recompute":
         again = lambda: _recompute(theta, cts, tape, perturbed, rest)
@@ -285,10 +296,7 @@ def _backward(
         spoil = lambda t: jnp.where(jnp.any(bad), jnp.nan, t)
         nan = jtu.tree_map(lambda t: jnp.full_like(t, jnp.nan), found.start)
         start = _tree.where(bad, nan, found.start)
-        gradient = jtu.tree_map(spoil, g_moving)
-        gradient = eqx.tree_at(
-            lambda m: m.y0, gradient, start, is_leaf=lambda x: x is None
-        )
+        gradient = with_start(jtu.tree_map(spoil, g_moving), start)
     else:
         gradient = eqx.error_if(gradient, jnp.any(bad), _DRIFTED)
     return eqx.filter(gradient, perturbed), found.drift, found.repair
@@ -319,16 +327,16 @@ def _recompute(
 
 
 def _replay(theta: _Theta, rest: Inputs, tape: Tape) -> PyTree:
-    value, aux = replay(
+    pair, aux = replay(
         theta.fn,
-        theta.y0,
+        theta.start,
         theta.args,
         theta.betas,
         steps=lax.stop_gradient(tape.steps),
         max_steps=rest.max_steps,
         static=rest.solver.static,
     )
-    return value, eqx.filter(aux, eqx.is_inexact_array)
+    return pair, eqx.filter(aux, eqx.is_inexact_array)
 
 
 def _split(primal: PyTree, tangent: PyTree) -> tuple[PyTree, PyTree]:

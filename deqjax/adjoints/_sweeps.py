@@ -28,12 +28,14 @@ class Tape(eqx.Module):
     """All that going back needs.
 
     Attributes:
+        start: (y₀, z₀); y₀ is None where it is z₀.
         pair: (y, z) at the answer.
         steps: the steps that led to it, per problem.
         records: what every half step has lost, along the first axis.
         residues: how to read the records.
     """
 
+    start: PyTree
     pair: PyTree
     steps: Counts
     records: Record
@@ -91,16 +93,18 @@ class ForwardSweep(SolverLoop):
         assert max_steps is not None
         solver = self.solver
         start = self._begin(self.start(init_val), max_steps)
+        resumed = self.inputs.options.get("companion") is not None
+        first = (start.a if resumed else None), start.b
         run = self._run_static if solver.static else self._run_tested
         final, pair, steps, num_steps = run(start, max_steps)
-        state = ReversibleState(final.a, final.progress, final.num_evals)
+        state = ReversibleState(pair[0], final.progress, final.num_evals)
         if solver.static:
             done, result = jnp.array(True), solver.outcome(final.b, state)
         else:
             done, result = solver.verdict(final.progress)
         self.history = final.history
         if self.residues is not None and final.records is not None:
-            self.tape = Tape(pair, steps, final.records, self.residues)
+            self.tape = Tape(first, pair, steps, final.records, self.residues)
         num_steps = jnp.asarray(num_steps).astype(Carry(*init_val).num_steps.dtype)
         return tuple(Carry(final.b, num_steps, state, final.aux, done, result))
 
@@ -112,7 +116,7 @@ class ForwardSweep(SolverLoop):
             one = jtu.tree_map(jnp.zeros_like, self.residues.record(z, z, z, z))
             records = _tree.stack_of_zeros(one, 2 * max_steps)
         return _Carry(
-            a=z,
+            a=init.state.companion,
             b=z,
             f=_tree.zeros_like(z) if self.solver.static else None,
             aux=init.aux,
@@ -226,9 +230,10 @@ class Gradient(eqx.Module):
     """What the reverse sweep gives.
 
     Attributes:
-        start: the cotangent of z₀.
+        start: the cotangents of the tape's start.
         moving: the cotangent of what f and the weights depend on.
-        drift: per problem, the largest difference of the reconstructed start from z₀.
+        drift: per problem, the largest difference of the start, as it is found again,
+            from the known one.
         repair: per problem, the largest part of the capacity that a repair took.
     """
 
@@ -242,7 +247,6 @@ def reverse_sweep(
     evaluate: Callable[[PyTree, PyTree], PyTree],
     weights: Callable[[PyTree], PyTree],
     moving: PyTree,
-    z0: PyTree,
     cts: tuple[PyTree, PyTree],
     tape: Tape,
     num_steps: int | None,
@@ -252,8 +256,7 @@ def reverse_sweep(
     Args:
         evaluate: f, of the state and of `moving`.
         weights: β of every leaf, of `moving`.
-        moving: what is differentiated besides z₀.
-        z0: the start.
+        moving: what is differentiated besides the start.
         cts: the cotangents of the pair (y, z).
         tape: from the forward sweep.
         num_steps: the steps of a solve whose problems have all taken as many, or None.
@@ -261,7 +264,7 @@ def reverse_sweep(
     trips: Any = 2 * num_steps if num_steps is not None else None
     if trips is None:
         trips = 2 * unvmap_max(jnp.max(tape.steps, initial=0))
-    k = tape.residues.batch_ndim
+    k, (y0, z0) = tape.residues.batch_ndim, tape.start
     take = ft.partial(lax.dynamic_index_in_dim, keepdims=False)
 
     def half(i: Array, carry: tuple) -> tuple:
@@ -272,7 +275,9 @@ def reverse_sweep(
         f, pull = jax.vjp(evaluate, a, moving)
         record = jtu.tree_map(lambda t: take(t, h), tape.records)
         betas = weights(moving)
-        before, repair = tape.residues.undo(a, f, b, betas, record, z0, h < 2)
+        # The first half step has replaced y₀, the second z₀.
+        start = z0 if y0 is None else _tree.where(h == 0, y0, z0)
+        before, repair = tape.residues.undo(a, f, b, betas, record, start, h < 2)
         update = lambda a, f, moving: relax(a, f, weights(moving))
         _, pull_update = jax.vjp(update, before, f, moving)
         ct = ct_b if active is None else mask(active, ct_b)
@@ -293,16 +298,18 @@ def reverse_sweep(
     # After the loop: on a mesh a maximum over all entries is communication. Compared
     # before it is subtracted: where z₀ is a product, compilers may contract a − z₀ to
     # one operation, which is not 0 for a = z₀.
+    known = (z0 if y0 is None else y0), z0
     apart = jtu.tree_map(
         lambda x, z, d: jnp.where(x == z, 0, d),
         pair,
-        (z0, z0),
-        _tree.subtract(pair, (z0, z0)),
+        known,
+        _tree.subtract(pair, known),
     )
     drift = _tree.max_abs(apart, k)
     drift = jnp.where(jnp.isnan(drift), jnp.inf, drift)
     repair = _tree.max_abs(jtu.tree_map(lambda w: w.astype(jnp.float32), worst), k)
-    return Gradient(add(ct_a, ct_b), gradient, drift, repair / 255)
+    ct_start = (None, add(ct_a, ct_b)) if y0 is None else (ct_a, ct_b)
+    return Gradient(ct_start, gradient, drift, repair / 255)
 
 
 def _as_byte(repair: Array) -> Array:
@@ -313,7 +320,7 @@ def _as_byte(repair: Array) -> Array:
 
 def replay(
     fn: Callable,
-    z0: PyTree,
+    start: PyTree,
     args: PyTree,
     betas: PyTree,
     *,
@@ -321,11 +328,11 @@ def replay(
     max_steps: int,
     static: bool,
 ) -> tuple[PyTree, PyTree]:
-    """The answer and its aux as a plain loop, which JAX differentiates as it stands.
+    """(y, z) at the answer and aux by a plain loop, which JAX differentiates as it is.
 
     Args:
         fn: the map.
-        z0: the start.
+        start: as of the tape.
         args: passed to `fn`.
         betas: the weight on f of every leaf.
         steps: the steps that lead to the answer, per problem.
@@ -338,13 +345,14 @@ def replay(
         new = relax(a, fn(b, args)[0], betas)
         return _tree.where(h < 2 * steps, (b, new), pair), None
 
+    y0, z0 = start
     # JAX does not checkpoint what has effects.
     effects = eqx.filter_make_jaxpr(fn)(z0, args)[0].effects
     step = half if effects else jax.checkpoint(half)
     hs = jnp.arange(2 * max_steps, dtype=jnp.int32)
-    (a, b), _ = lax.scan(step, (z0, z0), hs)
+    (a, b), _ = lax.scan(step, (z0 if y0 is None else y0, z0), hs)
     # Where aux was evaluated: last of all, or where the answer was tested.
-    return b, fn(a if static else b, args)[1]
+    return (a, b), fn(a if static else b, args)[1]
 
 
 def mask(active: Array, x: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ from .._checks import check_count
 from .._upstream import Inputs
 from ..solvers._base import AbstractSolver
 from ._cotangents import constant
-from ._loop import SolverLoop, as_inputs, detach, solve
+from ._loop import SolverLoop, as_inputs, companion, detach, solve
 from ._stats import BackwardStats, check_probe
 from ._truncated import reported, truncated
 
@@ -103,7 +103,7 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
             out = reported(((value, aux), self.probe), constant(entries))
             value, aux = eqx.combine(out, fixed)
             extras = extras._replace(aux=aux)
-        return value, tuple(detach(extras))
+        return value, tuple(detach(extras, exact=companion(extras)))
 
 
 def _check_alone(inputs: Inputs) -> None:

@@ -1,10 +1,14 @@
 """Intermediate iterates in the loss."""
 
+import functools as ft
 import itertools
+import operator as op
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax.tree_util as jtu
+import numpy as np
 import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Float, PyTree
@@ -43,10 +47,13 @@ def correction_points(
 
     $$ \bar\theta \mathrel{+}= (\partial_\theta f(z_k, \theta))^\top\, \bar z_k $$
 
-    **Cost:** with `deqjax.Picard`, which remembers its iterate alone, that of the
-    solve: it is a chain of solves, and does not end before the last point. Any other
-    solver starts anew for every point, since what it remembers (a companion, a history)
-    cannot be differentiated: Σ k steps more.
+    **Cost:** with `deqjax.Picard`, and with a `deqjax.Reversible` without a test, that
+    of the solve, which does not end before the last point: each part goes on where the
+    one before has ended. With a test, `deqjax.Reversible` takes as many steps as the
+    last point more, since its answer is the best of all iterates. Any other solver
+    starts anew for every point, since its history of iterates cannot be differentiated:
+    Σ k steps more. **Memory:** one copy of the states per point, beside that of the
+    adjoint. Equally spaced points are one loop in the program.
 
     Args:
         fn: see `deqjax.fixed_point`, and so for the others.
@@ -95,23 +102,42 @@ def correction_points(
     )
     solver = Anderson() if solver is None else solver
     untested, of_points = _untested(solver), adjoint if exact else JFBAdjoint()
-    chained = isinstance(solver, Picard)
-    solve = lambda z, steps, solver, adjoint: fixed_point(
-        fn, z, args, solver=solver, adjoint=adjoint, max_steps=steps, options=options
-    )
-    z, done, points = z0, 0, []
-    for mark in at:
-        points.append(solve(z, mark - done, untested, of_points).value)
-        if chained:
-            z, done = points[-1] if exact else lax.stop_gradient(points[-1]), mark
-    if chained:
-        solver = eqx.tree_at(
-            lambda s: s.min_steps, solver, max(solver.min_steps - done, 0)
+    pairs = isinstance(solver, Reversible)
+    chained = pairs or isinstance(solver, Picard)
+
+    def solve(start: tuple, steps: int, solver: Any, adjoint: Any) -> optx.Solution:
+        z, companion = start
+        resumed = {} if companion is None else {"companion": companion}
+        given = {**({} if options is None else options), **resumed} or None
+        return fixed_point(
+            fn, z, args, solver=solver, adjoint=adjoint, max_steps=steps, options=given
         )
-    sol = solve(z, max_steps - done, solver, adjoint)
+
+    def part(start: tuple, steps: int) -> tuple[tuple, PyTree]:
+        sol = solve(start, steps, untested, of_points)
+        end = sol.value, sol.state.companion if pairs else None
+        return end if exact else lax.stop_gradient(end), sol.value
+
+    start = z0, ((options or {}).get("companion", z0) if pairs else None)
+    if not chained:
+        points = [part(start, mark)[1] for mark in at]
+        return tuple(points), solve(start, max_steps, solver, adjoint)
+    end, points = start, []
+    for steps, equal in itertools.groupby(np.diff(marks[:-1]).tolist()):
+        count = len(list(equal))
+        body = ft.partial(lambda steps, end, _: part(end, steps), steps)
+        end, found = lax.scan(body, end, length=count)
+        points += [jtu.tree_map(op.itemgetter(i), found) for i in range(count)]
+    if pairs and not solver.static:
+        # Its answer is the best of all iterates.
+        return tuple(points), solve(start, max_steps, solver, adjoint)
+    done = marks[-2]
+    solver = eqx.tree_at(lambda s: s.min_steps, solver, max(solver.min_steps - done, 0))
+    sol = solve(end, max_steps - done, solver, adjoint)
     stats = dict(sol.stats)
-    for name in {"num_steps", "num_evals", "max_steps"} & set(stats):
-        stats[name] = stats[name] + done
+    evals = {"num_evals": (2 if pairs else 1) * done}
+    for name, before in {"num_steps": done, "max_steps": done, **evals}.items():
+        stats[name] = stats[name] + before
     return tuple(points), eqx.tree_at(lambda s: s.stats, sol, stats)
 
 

@@ -29,7 +29,8 @@ class ReversibleState(eqx.Module):
     """The companion y of the iterate z, and the record of the solve.
 
     Attributes:
-        companion: y.
+        companion: y; after a solve, that of the answer, from which and the answer
+            another solve goes on.
         progress: the record; its value is the pair (y, z) of the best iterate in a
             tested solve, and None in a static one, where the residual is that of the
             iterate evaluated last.
@@ -79,6 +80,12 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     `rtol=None, atol=None` exactly `max_steps` steps are taken; the value is z_N and
     the residual that of y_N, which was evaluated last.
 
+    **Resuming.** `options={"companion": y}` starts from (y, z₀). With the answer as z₀
+    and `sol.state.companion` as y, a second solve goes on as if the first had not
+    ended, to the same bits. Under `deqjax.ReversibleAdjoint` and
+    `deqjax.UnrolledAdjoint` gradients flow through both states, from solve to solve;
+    `jax.lax.stop_gradient` on both cuts them.
+
     Args:
         rtol: tolerance relative to ‖f(z)‖, or None.
         atol: absolute tolerance, or None.
@@ -112,7 +119,9 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     min_steps: int = field(default=0, kw_only=True)
     batch_ndim: int = field(default=0, kw_only=True)
 
-    known_options: ClassVar[frozenset[str]] = AbstractSolver.known_options | {"beta"}
+    known_options: ClassVar[frozenset[str]] = AbstractSolver.known_options | {
+        *("beta", "companion")
+    }
 
     def __init__(
         self,
@@ -142,6 +151,32 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
             beta = canonical_weights(name, options["beta"])
         return fit_weights(name, beta, z)
 
+    def first_companion(self, z: PyTree, options: Options) -> PyTree:
+        """y₀: z₀, or what a solve is resumed from.
+
+        Raises:
+            ValueError: if it is not as z₀ is.
+        """
+        y = options.get("companion")
+        if y is None:
+            return z
+        if jtu.tree_structure(y) != jtu.tree_structure(z):
+            raise ValueError(
+                '`options["companion"]` must have the tree structure of `z0`, '
+                f"{jtu.tree_structure(z)}; got {jtu.tree_structure(y)}."
+            )
+        for (path, a), b in zip(
+            jtu.tree_leaves_with_path(z), jtu.tree_leaves(y), strict=True
+        ):
+            for what, default in (("shape", ()), ("dtype", None)):
+                if (got := getattr(b, what, default)) != getattr(a, what):
+                    raise ValueError(
+                        f'`options["companion"]` must have the {what} of `z0`; at leaf '
+                        f"`{jtu.keystr(path) or 'z0'}` `z0` has {getattr(a, what)}, "
+                        f"`companion` has {got}."
+                    )
+        return y
+
     # The interface of optimistix: one call is one whole step
 
     def init(
@@ -155,9 +190,11 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         tags: frozenset[object],
     ) -> ReversibleState:
         self.betas(y, options)
-        value, aux_struct = (None, None) if self.static else ((y, y), aux_struct)
+        companion = self.first_companion(y, options)
+        pair = (companion, y)
+        value, aux_struct = (None, None) if self.static else (pair, aux_struct)
         progress = Progress.start(value, y, aux_struct, self.batch_ndim)
-        return ReversibleState(y, progress, jnp.array(0, jnp.int32))
+        return ReversibleState(companion, progress, jnp.array(0, jnp.int32))
 
     def step(
         self,

@@ -110,6 +110,61 @@ def test_points_are_the_iterates_of_the_solve_and_leave_it_as_it_is(name):
         assert int(sol.stats[statistic]) == int(plain.stats[statistic])
 
 
+@pytest.mark.parametrize(
+    ("at", "solver"),
+    [
+        (range(1, 16), deqjax.Reversible(None, None)),
+        ((1, 2, 4, 7, 11), deqjax.Reversible(None, None)),
+        (range(1, 16), deqjax.Picard(None, None)),
+    ],
+    ids=["equally spaced", "unequally spaced", "picard"],
+)
+def test_losses_on_iterates_cost_what_a_loss_on_the_last_one_costs(at, solver):
+    counter = helpers.Counter()
+    fn = counter.wrap(P.fn)
+    adjoint = deqjax.UnrolledAdjoint() if isinstance(solver, deqjax.Picard) else None
+    given = {"solver": solver, "adjoint": adjoint, "max_steps": 16}
+
+    def on_all(args):
+        points, sol = correction_points(fn, P.z0, args, at=tuple(at), **given)
+        return sum(weigh(z) for z in (*points, sol.value))
+
+    def on_the_last(args):
+        return weigh(deqjax.fixed_point(fn, P.z0, args, **given).value)
+
+    counts = []
+    for run in (on_all, on_the_last):
+        gradient = jax.jit(jax.grad(run))
+        gradient(P.args)
+        counter.reset()
+        gradient(P.args)
+        counts.append(counter.evaluations)
+    assert counts[0] <= counts[1]
+
+
+def test_many_points_of_a_reversible_solve_have_the_gradient_of_the_steps(x64):
+    p = helpers.problem("tanh")
+    at = (1, 2, 3, 5, 7, 8)
+
+    def ours(args):
+        points, sol = correction_points(
+            p.fn, p.z0, args, at=at, max_steps=9, solver=deqjax.Reversible(None, None)
+        )
+        return sum(weigh(z) * (k + 1) for k, z in enumerate((*points, sol.value)))
+
+    def textbook(args):
+        y = z = p.z0
+        states = []
+        for _ in range(9):
+            y = helpers.mix(0.5, y, p.fn(z, args))
+            z = helpers.mix(0.5, z, p.fn(y, args))
+            states.append(z)
+        return sum(weigh(states[m - 1]) * (k + 1) for k, m in enumerate((*at, 9)))
+
+    got, want = (jax.jit(jax.value_and_grad(f))(p.args) for f in (ours, textbook))
+    assert error(got, want) <= 1e-13
+
+
 def test_a_layer_gives_its_iterates():
     w, x = P.args
     cell = lambda z, x, key=None: P.fn(z, (w, x))
