@@ -12,14 +12,15 @@ from jaxtyping import Array, PyTree
 
 from ._checks import canonical_weights
 from ._fold import fold
-from .adjoints import ImplicitAdjoint, ReversibleAdjoint
-from .solvers import Anderson, Reversible
+from ._steps import Numbered
+from .adjoints import ImplicitAdjoint, ReversibleAdjoint, UnrolledAdjoint
+from .solvers import Anderson, Picard, Reversible
 from .solvers._base import AbstractSolver, check_count
 from .solvers._foreign import KINDS, Foreign, adapt
 
 
 def fixed_point(
-    fn: Callable[[Any, Any], Any],
+    fn: Callable[..., Any],
     z0: PyTree,
     args: PyTree = None,
     *,
@@ -27,6 +28,7 @@ def fixed_point(
     adjoint: optx.AbstractAdjoint | None = None,
     max_steps: int = 64,
     has_aux: bool = False,
+    has_step: bool = False,
     throw: bool = False,
     options: dict[str, Any] | None = None,
     tags: frozenset[object] = frozenset(),
@@ -52,13 +54,20 @@ def fixed_point(
         max_steps: most steps of the solver; the number of steps of a solve with
             `rtol=None, atol=None`.
         has_aux: whether `fn` returns a pair.
+        has_step: whether `fn` takes the number of the step, `fn(z, args, step)`: an
+            int32 that counts the steps before. Both evaluations of a step of
+            `deqjax.Reversible` are told the same one. Noise is drawn from
+            `jax.random.fold_in(key, step)`, so that backward passes see it again. For
+            `deqjax.Picard` and `deqjax.Reversible`, under `deqjax.ReversibleAdjoint`
+            or `deqjax.UnrolledAdjoint`: such a map has steps, but no fixed point.
         throw: whether a solve that does not succeed raises. By default it returns, and
             says so in `sol.result`; the compiled program then never calls the host.
         options: `{"step_budget": n}`: take at most n steps, n being an integer that may
             be traced, so that changing it does not recompile; `{"record": True}`: add
             `residual_history`; `{"beta": value}`: the weight on f of a
             `deqjax.Reversible` for this solve; `{"companion": y}`: its second state at
-            the start, to go on from another solve. The other entries that a solver of
+            the start, to go on from another solve; `{"first_step": n}`: the number of
+            the first step, with `has_step`. The other entries that a solver of
             optimistix takes (`lower` and `upper`, say) are passed on to it.
         tags: lineax tags for the structure of J − I, for the implicit adjoint.
 
@@ -94,6 +103,15 @@ def fixed_point(
         reversible = isinstance(solver, Reversible)
         adjoint = ReversibleAdjoint() if reversible else ImplicitAdjoint()
     _check(fn, solver, adjoint, max_steps)
+    options = {} if options is None else dict(options)
+    first = _first_step(solver, adjoint, options.pop("first_step", None), has_step)
+    if has_step and has_aux and solver.batch_ndim > 0 and not solver.static:
+        raise ValueError(
+            "With `has_step=True` and `has_aux=True` a tested solve needs "
+            "`batch_ndim=0`: the answers of a batch are of different steps, and `aux` "
+            "is evaluated for all of them at once. Use `jax.vmap`, or a solve without "
+            "a test (`rtol=None, atol=None`)."
+        )
     solver = adapt(solver)
     options = _canonical_options(solver, options)
     z0 = jtu.tree_map_with_path(_canonical_leaf, z0)
@@ -101,7 +119,17 @@ def fixed_point(
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
     try:
         return _solve(
-            fn, z0, args, solver, adjoint, options, max_steps, has_aux, throw, tags
+            fn,
+            z0,
+            args,
+            first,
+            solver,
+            adjoint,
+            options,
+            max_steps,
+            has_aux,
+            throw,
+            tags,
         )
     except TypeError as error:
         # JAX differentiates the program as a whole, where an adjoint sees nothing.
@@ -125,6 +153,7 @@ def _solve(
     fn: Callable,
     z0: PyTree,
     args: PyTree,
+    first: Array | None,
     solver: Any,
     adjoint: optx.AbstractAdjoint,
     options: dict[str, Any],
@@ -133,8 +162,9 @@ def _solve(
     throw: bool,
     tags: frozenset[object],
 ) -> optx.Solution:
-    def pair(z: PyTree, args: PyTree) -> tuple[PyTree, PyTree]:
-        out = fn(z, args)
+    def pair(iterate: tuple[PyTree, ...], args: PyTree) -> tuple[PyTree, PyTree]:
+        z, *step = iterate
+        out = fn(z, args, *step)
         if not has_aux:
             return out, None
         if not (isinstance(out, tuple) and len(out) == 2):
@@ -145,7 +175,13 @@ def _solve(
         return out
 
     # The user's Python code runs once, here; all else works on what it traced to.
-    rest, kept, (struct, _) = fold(pair, z0, args)
+    iterate = (z0,) if first is None else (z0, first)
+    split, kept, (struct, _) = fold(pair, iterate, args)
+    if first is None:
+        rest = lambda z, kept: split((z,), kept)
+    else:
+        rest = lambda z, numbered: split((z, numbered.step), numbered.args)
+        kept = Numbered(kept, first, first)
     _check_output(jax.eval_shape(lambda: z0), struct)
     sol = optx.fixed_point(
         rest,
@@ -164,6 +200,30 @@ def _solve(
     if throw:
         sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
     return sol
+
+
+def _first_step(solver: Any, adjoint: Any, first: Any, has_step: bool) -> Array | None:
+    """The number of the first step; None for a map that is not told its step."""
+    if not has_step:
+        if first is not None:
+            raise ValueError(
+                '`options["first_step"]` is for a map that is told its step: pass '
+                "`has_step=True` too, or leave it out."
+            )
+        return None
+    steps = isinstance(solver, Picard | Reversible)
+    if not (steps and isinstance(adjoint, ReversibleAdjoint | UnrolledAdjoint)):
+        raise ValueError(
+            "With `has_step=True` the map is another one in every step and has no "
+            "fixed point, so that `solver` must be `deqjax.Picard` or "
+            "`deqjax.Reversible`, and `adjoint` `deqjax.ReversibleAdjoint` or "
+            "`deqjax.UnrolledAdjoint`; got "
+            f"{type(solver).__name__} and {type(adjoint).__name__}."
+        )
+    number = jnp.asarray(0 if first is None else first)
+    if not jnp.issubdtype(number.dtype, jnp.integer) or number.ndim != 0:
+        raise ValueError(f'`options["first_step"]` must be an integer; got {first!r}.')
+    return number.astype(jnp.int32)
 
 
 def _check(fn: Any, solver: Any, adjoint: Any, max_steps: Any) -> None:

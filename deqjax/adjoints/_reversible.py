@@ -1,5 +1,6 @@
 """The gradient of the reversible iteration, by running it backwards."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,16 +10,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import refuse_retired
+from .._steps import at_step
 from .._upstream import Extras, Inputs, unvmap_any
 from ..solvers._reversible import Reversible
 from ._cotangents import materialise, none_like
 from ._loop import as_inputs, companion, detach, solve
 from ._stats import BackwardStats, check_probe
-from ._sweeps import ForwardSweep, Tape, add, replay, reverse_sweep
+from ._sweeps import ForwardSweep, Tape, add, last_evaluated, replay, reverse_sweep
 
 
 class ReversibleAdjoint(optx.AbstractAdjoint):
@@ -254,9 +256,9 @@ def _backward(
     _, z0 = theta.start
     moving = eqx.tree_at(lambda m: m.start, moving, None)
 
-    def evaluate(z: PyTree, moving: PyTree) -> tuple[PyTree, PyTree]:
+    def evaluate(z: PyTree, moving: PyTree, steps: Array) -> tuple[PyTree, PyTree]:
         whole = eqx.combine(moving, fixed)
-        f, aux = whole.fn(z, whole.args)
+        f, aux = whole.fn(z, at_step(whole.args, steps))
         return f, eqx.filter(aux, eqx.is_inexact_array)
 
     weights = lambda moving: eqx.combine(moving, fixed).betas
@@ -266,13 +268,14 @@ def _backward(
     if jtu.tree_leaves(ct_aux):
         # aux came from the last evaluation, or from that which tested the answer.
         point = y if solver.static else z
-        (_, aux), pull = jax.vjp(evaluate, point, moving)
+        at = last_evaluated(tape.steps, solver.static)
+        (_, aux), pull = jax.vjp(ft.partial(evaluate, steps=at), point, moving)
         g_z, g_aux = pull((_tree.zeros_like(z0), materialise(ct_aux, aux)))
         ct_y, ct_z = (add(ct_y, g_z), ct_z) if solver.static else (ct_y, add(ct_z, g_z))
 
     same = solver.static and "step_budget" not in rest.options
     found = reverse_sweep(
-        lambda z, moving: evaluate(z, moving)[0],
+        lambda *at: evaluate(*at)[0],
         weights,
         moving,
         (ct_y, ct_z),

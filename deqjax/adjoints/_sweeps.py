@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._steps import at_step
 from .._types import Counts, Reals
 from .._upstream import Carry, Inputs, unvmap_any, unvmap_max
 from ..solvers._base import Progress
@@ -127,6 +128,10 @@ class ForwardSweep(SolverLoop):
             records=records,
         )
 
+    def _evaluate(self, h: Array, carry: _Carry) -> tuple[PyTree, PyTree]:
+        """The map, in half step h."""
+        return self.inputs.fn(carry.b, at_step(self.inputs.args, h // 2))
+
     def _half(
         self, h: Array, carry: _Carry, f: PyTree, active: Any = None
     ) -> tuple[PyTree, PyTree, Record | None]:
@@ -151,7 +156,7 @@ class ForwardSweep(SolverLoop):
 
         def half(h: Array, carry: _Carry) -> _Carry:
             h = h.astype(jnp.int32)
-            f, aux = self.inputs.fn(carry.b, self.inputs.args)
+            f, aux = self._evaluate(h, carry)
             active = None
             if limited:
                 # The lanes of a `jax.vmap` may have other budgets.
@@ -197,7 +202,7 @@ class ForwardSweep(SolverLoop):
         def body(val: tuple) -> tuple:
             h, carry = val
             active = carry.progress.active(options)
-            f, aux = self.inputs.fn(carry.b, self.inputs.args)
+            f, aux = self._evaluate(h, carry)
             even = h % 2 == 0
             pair = (carry.a, carry.b)
             progress = solver.observe(
@@ -244,7 +249,7 @@ class Gradient(eqx.Module):
 
 
 def reverse_sweep(
-    evaluate: Callable[[PyTree, PyTree], PyTree],
+    evaluate: Callable[[PyTree, PyTree, Array], PyTree],
     weights: Callable[[PyTree], PyTree],
     moving: PyTree,
     cts: tuple[PyTree, PyTree],
@@ -254,7 +259,7 @@ def reverse_sweep(
     """Undo half step after half step, and pull the cotangents of the answer back.
 
     Args:
-        evaluate: f, of the state and of `moving`.
+        evaluate: f, of the state, of `moving` and of the steps before.
         weights: β of every leaf, of `moving`.
         moving: what is differentiated besides the start.
         cts: the cotangents of the pair (y, z).
@@ -272,7 +277,7 @@ def reverse_sweep(
         (a, b), (ct_a, ct_b), gradient, worst = carry
         active = None if num_steps is not None else h < 2 * tape.steps
         # Half step h has evaluated f at a, and has made b.
-        f, pull = jax.vjp(evaluate, a, moving)
+        f, pull = jax.vjp(lambda a, moving: evaluate(a, moving, h // 2), a, moving)
         record = jtu.tree_map(lambda t: take(t, h), tape.records)
         betas = weights(moving)
         # The first half step has replaced y₀, the second z₀.
@@ -342,7 +347,7 @@ def replay(
 
     def half(pair: PyTree, h: Array) -> tuple[PyTree, None]:
         a, b = pair
-        new = relax(a, fn(b, args)[0], betas)
+        new = relax(a, fn(b, at_step(args, h // 2))[0], betas)
         return _tree.where(h < 2 * steps, (b, new), pair), None
 
     y0, z0 = start
@@ -352,7 +357,14 @@ def replay(
     hs = jnp.arange(2 * max_steps, dtype=jnp.int32)
     (a, b), _ = lax.scan(step, (z0 if y0 is None else y0, z0), hs)
     # Where aux was evaluated: last of all, or where the answer was tested.
-    return (a, b), fn(a if static else b, args)[1]
+    last = last_evaluated(steps, static)
+    return (a, b), fn(a if static else b, at_step(args, last))[1]
+
+
+def last_evaluated(steps: Any, static: bool) -> Array:
+    """The steps before the evaluation that gave aux."""
+    steps = jnp.max(jnp.asarray(steps), initial=0)
+    return jnp.maximum(steps - 1, 0) if static else steps
 
 
 def mask(active: Array, x: PyTree) -> PyTree:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from ._base import AbstractSolver, Progress, check_beta, statistics
 
@@ -109,7 +110,8 @@ class Picard(AbstractSolver[Y, Aux, Any]):
         state: Any,
         tags: frozenset[object],
     ) -> tuple[Y, Any, Aux]:
-        f, aux = fn(y, args)
+        taken = state.num_steps if self.static else state.progress.num_steps
+        f, aux = fn(y, at_step(args, jnp.max(taken, initial=0)))
         if self.static:
             return self._update(y, f), _StaticState(y, state.num_steps + 1), aux
         active = state.progress.active(options)

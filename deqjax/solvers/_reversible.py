@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import canonical_weights, fit_weights, refuse_retired
+from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from .._upstream import unvmap_any
 from ._base import AbstractSolver, Progress, statistics
@@ -207,6 +208,7 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     ) -> tuple[Y, ReversibleState, Aux]:
         betas, companion = self.betas(y, options), state.companion
         progress = state.progress
+        args = at_step(args, jnp.max(progress.num_steps, initial=0))
         f, aux = fn(y, args)
         if self.static:
             middle = relax(companion, f, betas)
