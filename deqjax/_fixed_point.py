@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from ._checks import canonical_weights
 from ._fold import fold
 from ._steps import Numbered
+from ._tree import batch_shape
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint, UnrolledAdjoint
 from .solvers import Anderson, Picard, Reversible
 from .solvers._base import AbstractSolver, check_count
@@ -63,7 +64,8 @@ def fixed_point(
         throw: whether a solve that does not succeed raises. By default it returns, and
             says so in `sol.result`; the compiled program then never calls the host.
         options: `{"step_budget": n}`: take at most n steps, n being an integer that may
-            be traced, so that changing it does not recompile; `{"record": True}`: add
+            be traced, so that changing it does not recompile, or an integer array with
+            a budget for every problem of the batch; `{"record": True}`: add
             `residual_history`; `{"beta": value}`: the weight on f of a
             `deqjax.Reversible` for this solve; `{"companion": y}`: its second state at
             the start, to go on from another solve; `{"first_step": n}`: the number of
@@ -115,6 +117,7 @@ def fixed_point(
     solver = adapt(solver)
     options = _canonical_options(solver, options)
     z0 = jtu.tree_map_with_path(_canonical_leaf, z0)
+    _check_budget(solver, z0, options.get("step_budget"), has_aux)
     if not jtu.tree_leaves(z0):
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
     try:
@@ -255,7 +258,7 @@ def _canonical_options(solver: Any, options: dict[str, Any] | None) -> dict[str,
     # Arrays, so that another value is not another program.
     if "step_budget" in options:
         value = jnp.asarray(options["step_budget"])
-        if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim != 0:
+        if not jnp.issubdtype(value.dtype, jnp.integer):
             raise ValueError(
                 '`options["step_budget"]` must be an integer; got '
                 f"{options['step_budget']!r}."
@@ -269,6 +272,26 @@ def _canonical_options(solver: Any, options: dict[str, Any] | None) -> dict[str,
             f'`options["record"]` must be True or False; got {options["record"]!r}.'
         )
     return options
+
+
+def _check_budget(solver: Any, z0: PyTree, budget: Array | None, has_aux: bool) -> None:
+    """Raise unless a budget is one number, or one for every problem."""
+    if budget is None or budget.ndim == 0:
+        return
+    native = isinstance(solver, AbstractSolver)
+    batch = batch_shape(z0, solver.batch_ndim) if native else ()
+    if budget.shape != batch:
+        raise ValueError(
+            '`options["step_budget"]` must be an integer, or an array with a budget '
+            f"for every problem, of the shape {batch} of the batch (`batch_ndim` of "
+            f"the solver says which axes those are); got the shape {budget.shape}."
+        )
+    if has_aux and solver.static and not solver.returns_best:
+        raise ValueError(
+            "With `has_aux=True` a solve without a test has one budget: `aux` is that "
+            "of the last evaluation, which is not the last one of every problem. Use "
+            "`jax.vmap` over a solver with `batch_ndim=0`, or tolerances."
+        )
 
 
 def _canonical_leaf(path: Any, leaf: Any) -> Array:

@@ -103,7 +103,8 @@ class SolverLoop:
 
     def _within_budget(self, carry: Carry) -> Any:
         if "step_budget" in self.inputs.options:
-            return carry.num_steps < self.inputs.options["step_budget"]
+            # Problems with a smaller budget than others stop by themselves.
+            return carry.num_steps < jnp.max(self.inputs.options["step_budget"])
         return True
 
     def _foreign_cond(self, cond_fun: Callable) -> Callable:
@@ -143,7 +144,9 @@ class SolverLoop:
             )
         budget = self.inputs.options.get("step_budget")
         if self.kind == "lax":
-            steps = max_steps if budget is None else jnp.minimum(budget, max_steps)
+            steps = (
+                max_steps if budget is None else jnp.minimum(jnp.max(budget), max_steps)
+            )
             # What the body says of termination is dropped, so that nothing is
             # computed for it.
             final = lax.fori_loop(

@@ -152,16 +152,18 @@ class ForwardSweep(SolverLoop):
         if limited:
             steps = jnp.clip(options["step_budget"], 0, max_steps)
         # A solve of no steps evaluates f once, for what it reports.
-        num_evals = jnp.maximum(2 * steps, 1)
+        least_evals = jnp.maximum(2 * steps, 1)
+        num_evals = jnp.max(least_evals)
 
         def half(h: Array, carry: _Carry) -> _Carry:
             h = h.astype(jnp.int32)
             f, aux = self._evaluate(h, carry)
             active = None
             if limited:
-                # The lanes of a `jax.vmap` may have other budgets.
+                # Problems, and the lanes of a `jax.vmap`, may have other budgets.
                 active = h < 2 * steps
-                f, aux = _tree.where(h < num_evals, (f, aux), (carry.f, carry.aux))
+                last = carry.f, carry.aux
+                f, aux = _tree.where(h < least_evals, (f, aux), last)
             history = carry.history
             if history is not None:
                 row = solver.observe_last(carry.progress, carry.b, f).last_residual
@@ -185,7 +187,7 @@ class ForwardSweep(SolverLoop):
             final,
             (eqx.tree_at(lambda p: p.counts, progress, counts), num_evals),
         )
-        return final, (final.a, final.b), count, steps
+        return final, (final.a, final.b), count, jnp.max(jnp.asarray(steps))
 
     def _run_tested(self, start: _Carry, max_steps: int) -> tuple:
         solver, options = self.solver, dict(self.inputs.options)

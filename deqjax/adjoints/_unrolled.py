@@ -109,7 +109,8 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
 def _check_alone(inputs: Inputs) -> None:
     solver = inputs.solver
     tested = isinstance(solver, AbstractSolver) and not solver.static
-    if tested and solver.batch_ndim > 0:
+    limited = getattr(inputs.options.get("step_budget"), "ndim", 0) > 0
+    if limited or (tested and solver.batch_ndim > 0):
         raise ValueError(
             "`last` cuts off the gradient at a step that is the same for all problems, "
             f"but with `batch_ndim={solver.batch_ndim}` a tested solve ends at another "

@@ -98,6 +98,15 @@ class Progress(eqx.Module):
         return active
 
 
+def within_budget(steps: Int[Array, "..."], options: Options) -> Flags | None:
+    """Which problems of a static solve take another step; None: all, or none.
+
+    A single budget is the length of the loop.
+    """
+    budget = options.get("step_budget")
+    return None if budget is None or budget.ndim == 0 else steps < budget
+
+
 class Measured(eqx.Module):
     """What a map may return as its `aux`: the norms to be tested in place of its own.
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from .. import _tree
 from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
-from ._base import AbstractSolver, Progress, check_beta, statistics
+from ._base import AbstractSolver, Progress, check_beta, statistics, within_budget
 
 
 class _TestedState(eqx.Module):
@@ -113,7 +113,12 @@ class Picard(AbstractSolver[Y, Aux, Any]):
         taken = state.num_steps if self.static else state.progress.num_steps
         f, aux = fn(y, at_step(args, jnp.max(taken, initial=0)))
         if self.static:
-            return self._update(y, f), _StaticState(y, state.num_steps + 1), aux
+            new = self._update(y, f), y
+            going = within_budget(state.num_steps, options)
+            if going is not None:
+                new = _tree.where(going, new, (y, state.previous))
+            y, previous = new
+            return y, _StaticState(previous, state.num_steps + 1), aux
         active = state.progress.active(options)
         progress = self.observe(state.progress, active, y, y, f, aux)
         y = _tree.where(progress.active(options), self._update(y, f), y)
@@ -155,6 +160,8 @@ class Picard(AbstractSolver[Y, Aux, Any]):
             return best.value, best.aux, stats
         residual = self.last_residual(y, state)
         num_steps = jnp.zeros_like(residual, dtype=jnp.int32) + state.num_steps
+        if "step_budget" in options:
+            num_steps = jnp.minimum(num_steps, options["step_budget"])
         # f(previous), from previous and the damped update.
         f = jtu.tree_map(
             lambda new, old: old + (new - old) / self.beta, y, state.previous

@@ -23,7 +23,7 @@ from .._checks import canonical_weights, fit_weights, refuse_retired
 from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from .._upstream import unvmap_any
-from ._base import AbstractSolver, Progress, statistics
+from ._base import AbstractSolver, Progress, statistics, within_budget
 
 
 class ReversibleState(eqx.Module):
@@ -211,17 +211,18 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         args = at_step(args, jnp.max(progress.num_steps, initial=0))
         f, aux = fn(y, args)
         if self.static:
+            going = within_budget(progress.num_steps, options)
             middle = relax(companion, f, betas)
             f, aux = fn(middle, args)
-            progress = self.observe_last(progress, middle, f)
-            counts = progress.counts.at[..., 0].add(1)
-            progress = eqx.tree_at(lambda p: p.counts, progress, counts)
+            observed = self.observe_last(progress, middle, f)
+            counts = observed.counts.at[..., 0].add(1)
+            observed = eqx.tree_at(lambda p: p.counts, observed, counts)
+            new = relax(y, f, betas), middle, observed
+            if going is not None:
+                new = _tree.where(going, new, (y, companion, progress))
+            y, companion, progress = new
             num_evals = state.num_evals + 2
-            return (
-                relax(y, f, betas),
-                ReversibleState(middle, progress, num_evals),
-                aux,
-            )
+            return y, ReversibleState(companion, progress, num_evals), aux
         before = progress.active(options)
         progress = self.observe(progress, before, (companion, y), y, f, aux)
         active = progress.active(options)
