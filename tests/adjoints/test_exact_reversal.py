@@ -161,8 +161,8 @@ def gap(*values, reason):
     ("beta", "steps"),
     [
         *((0.3, 8), (0.5, 100), (0.77, 1), (0.77, 64), (0.9, 100)),
-        gap(0.8, 64, reason="a repair of 0.51 without a disturbance"),
-        gap(0.95, 40, reason="2.3e-6 in the gradient of the start"),
+        gap(0.8, 64, reason="3.2e-6 in the gradient of the start, 1e-33 large"),
+        gap(0.95, 40, reason="2.9e-6 in the gradient of the start, 1e-28 large"),
     ],
 )
 def test_gradient_is_that_of_float64_at_the_level_of_float32(beta, steps, x64):
@@ -171,9 +171,7 @@ def test_gradient_is_that_of_float64_at_the_level_of_float32(beta, steps, x64):
     assert check_level(beta, steps, 4, bound=4e-6) > quiet
 
 
-@pytest.mark.parametrize(
-    "beta", [0.3, 0.77, gap(0.8, reason="a repair of 0.51 without a disturbance")]
-)
+@pytest.mark.parametrize("beta", [0.3, 0.77, 0.8])
 def test_a_tested_solve_likewise(beta, x64):
     for ulps in (0, 4):
         check_level(beta, MOST, ulps, tol=1e-4, bound=4e-6)
