@@ -36,13 +36,13 @@ class Context(NamedTuple):
 class DEQTransformerBlock(eqx.Module):
     r"""One transformer layer with relative attention: the DEQ-Transformer's cell.
 
-    $$ \begin{aligned}
+    $$ \begin{align*}
        (q, k, v)_j &= W_{qkv} z_j + u_j, \qquad
        a_{ij} \propto \exp \frac{(q_i + b_w)^\top k_j + (q_i + b_r)^\top W_r s_{i-j}}
                                 {\sqrt{d_h}} \\
        h_i &= \mathrm{LN}(z_i + W_o \textstyle\sum_{j \le i} a_{ij} v_j + b_o), \qquad
        f(z)_i = \mathrm{LN}(h_i + W_2\, \mathrm{relu}(W_1 h_i + b_1) + b_2)
-       \end{aligned} $$
+       \end{align*} $$
 
     | symbol | meaning |
     |---|---|

@@ -32,7 +32,8 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
     r"""Anderson acceleration of the Picard iteration.
 
     $$ z_{k+1} = \sum_{i=k-m}^{k} \alpha_i \bigl( z_i + \beta r_i \bigr), \qquad
-       \alpha = \arg\min_{\sum_i \alpha_i = 1} \Bigl\| \sum_i \alpha_i r_i \Bigr\|^2
+       \alpha = \operatorname*{argmin}_{\sum_i \alpha_i = 1}
+       \left\lVert \sum_i \alpha_i r_i \right\rVert^2
        + \varrho \sum_i \alpha_i^2 \| r_i \|^2, \qquad r_i = f(z_i) - z_i $$
 
     | symbol | meaning |

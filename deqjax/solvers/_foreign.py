@@ -114,7 +114,8 @@ class Foreign(optx.AbstractFixedPointSolver[Y, Aux, Any]):
     f(z) − z, a minimiser ½‖f(z) − z‖². It stops when it says so *and* f(z) − z is near
     zero at the point that it evaluated last:
 
-    $$ \Bigl\| \frac{f(z) - z}{\mathrm{atol} + \mathrm{rtol}\, |f(z)|} \Bigr\| \le 1 $$
+    $$ \left\lVert \frac{f(z) - z}{\mathrm{atol} + \mathrm{rtol}\, |f(z)|} \right\rVert
+       \le 1 $$
 
     entry by entry, in its own norm and with its own tolerances, as optimistix measures
     differences of iterates. So a minimiser in a local minimum goes on, until
