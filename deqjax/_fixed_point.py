@@ -5,13 +5,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._checks import canonical_weights
-from ._fold import fold
+from ._fold import Traced, split, trace
+from ._programs import Programs
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint
 from .solvers import Anderson, Reversible
 from .solvers._base import AbstractSolver, check_count
@@ -98,15 +100,26 @@ def fixed_point(
     z0 = jtu.tree_map_with_path(_canonical_leaf, z0)
     if not jtu.tree_leaves(z0):
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
+    traced = _traced(fn, z0, args, has_aux)
+    # Arrays are inputs of the program; what the rest says is another program.
+    given = (solver, adjoint, options)
+    arrays, fixed = eqx.partition(given, eqx.is_array)
+    structures = tuple(jtu.tree_structure(t) for t in (z0, traced.struct))
+    statics = (fixed, tags, max_steps, structures)
+    program, consts = PROGRAMS.find(traced.closed, statics)
     try:
-        return _solve(
-            fn, z0, args, solver, adjoint, options, max_steps, has_aux, throw, tags
-        )
+        sol = program(consts, traced.inputs, arrays)
     except TypeError as error:
         # JAX differentiates the program as a whole, where an adjoint sees nothing.
         if isinstance(adjoint, ReversibleAdjoint) and _NO_FORWARD_MODE in str(error):
             raise TypeError(_REVERSE_ONLY) from error
         raise
+    if has_aux:
+        aux = eqx.combine(sol.aux, traced.static[1])
+        sol = eqx.tree_at(lambda s: s.aux, sol, aux, is_leaf=lambda x: x is None)
+    if throw:
+        sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
+    return sol
 
 
 # From the message of JAX for functions with a derivative rule for reverse mode alone.
@@ -119,19 +132,9 @@ _REVERSE_ONLY = (
 )
 
 
-@eqx.filter_jit
-def _solve(
-    fn: Callable,
-    z0: PyTree,
-    args: PyTree,
-    solver: Any,
-    adjoint: optx.AbstractAdjoint,
-    options: dict[str, Any],
-    max_steps: int,
-    has_aux: bool,
-    throw: bool,
-    tags: frozenset[object],
-) -> optx.Solution:
+def _traced(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Traced:
+    """Call `fn` once, here; all else works on what it traced to."""
+
     def pair(z: PyTree, args: PyTree) -> tuple[PyTree, PyTree]:
         out = fn(z, args)
         if not has_aux:
@@ -143,26 +146,46 @@ def _solve(
             )
         return out
 
-    # The user's Python code runs once, here; all else works on what it traced to.
-    rest, kept, (struct, _) = fold(pair, z0, args)
-    _check_output(jax.eval_shape(lambda: z0), struct)
-    sol = optx.fixed_point(
-        rest,
-        solver,
-        z0,
-        kept,
-        options,
-        has_aux=True,
-        max_steps=max_steps,
-        adjoint=adjoint,
-        throw=False,
-        tags=tags,
-    )
-    if isinstance(solver, Foreign):
-        sol = solver.judged(sol)
-    if throw:
-        sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
-    return sol
+    traced = trace(pair, z0, args)
+    _check_output(jax.eval_shape(lambda: z0), traced.struct[0])
+    return traced
+
+
+def _solver_of(jaxpr: Any, statics: PyTree) -> Callable:
+    """The program that solves for a map with this jaxpr."""
+    fixed, tags, max_steps, (start, output) = statics
+
+    def solve(
+        consts: list[Array], inputs: list[Array], arrays: PyTree
+    ) -> optx.Solution:
+        solver, adjoint, options = eqx.combine(arrays, fixed)
+        closed = jex.core.ClosedJaxpr(jaxpr, consts)
+        size = start.num_leaves
+        parts, kept = split(closed, inputs, size)
+
+        def rest(z: PyTree, kept: list[Array]) -> PyTree:
+            return jtu.tree_unflatten(output, parts(jtu.tree_leaves(z), kept))
+
+        sol = optx.fixed_point(
+            rest,
+            solver,
+            jtu.tree_unflatten(start, inputs[:size]),
+            kept,
+            options,
+            has_aux=True,
+            max_steps=max_steps,
+            adjoint=adjoint,
+            throw=False,
+            tags=tags,
+        )
+        if isinstance(solver, Foreign):
+            sol = solver.judged(sol)
+        return sol
+
+    return solve
+
+
+PROGRAMS = Programs(_solver_of)
 
 
 def _check(fn: Any, solver: Any, adjoint: Any, max_steps: Any) -> None:
