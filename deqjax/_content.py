@@ -13,7 +13,6 @@ What cannot be compared by these means equals nothing, which costs a compilation
 gives no wrong answer.
 """
 
-import dataclasses
 import dis
 import enum
 import functools as ft
@@ -25,7 +24,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.extend as jex
-import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 
@@ -234,22 +232,28 @@ class _Reader:
 
     def _instance(self, x: Any, runs: bool, mine: bool) -> Hashable:
         kind = type(x)
-        if kind.__name__ in _BYGONE and (kind is object or _is_library(kind)):
+        library = _is_library(kind) or kind is object
+        if library and kind.__name__ in _BYGONE:
             return kind
-        library = _is_library(kind)
-        if isinstance(x, eqx.Module) or (
-            dataclasses.is_dataclass(x) and kind.__dataclass_params__.frozen  # pyright: ignore
-        ):
-            library = True
-        elif library and kind.__hash__ not in (None, object.__hash__):
-            if kind.__name__ != "WrappedFun":
-                return _hashed(x)
-        if runs and not library:
-            return Same(x)
-        if isinstance(x, jtu.PyTreeDef):
+        if library and _has_value(kind):
             return _hashed(x)
-        inside = self.of(_attributes(x), runs, True)
-        return (kind, inside) if library else (kind, Same(x), inside)
+        frozen = isinstance(x, eqx.Module) or _is_frozen(kind)
+        if runs and not (library or frozen):
+            return Same(x)
+        parts = _attributes(x).items()
+        inside = tuple((name, self.of(part, runs, library)) for name, part in parts)
+        return (kind, inside) if library or frozen else (kind, Same(x), inside)
+
+
+def _has_value(kind: type) -> bool:
+    """Whether instances are compared by value. Modules have arrays to compare."""
+    default = kind.__hash__ is None or kind.__hash__ is object.__hash__
+    return not (default or kind.__name__ == "WrappedFun" or _is_frozen(kind))
+
+
+def _is_frozen(kind: type) -> bool:
+    params = getattr(kind, "__dataclass_params__", None)
+    return params is not None and params.frozen
 
 
 def _attributes(x: Any) -> dict[str, Any]:

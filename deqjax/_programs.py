@@ -118,8 +118,9 @@ def with_inputs_for(jaxpr: Any, which: frozenset[int]) -> tuple[Any, list[Array]
         for place, v in enumerate(atoms):
             if isinstance(v, jex.core.Literal):
                 if count in which:
+                    aval: Any = v.aval
                     places[at, place] = len(values)
-                    values.append(jnp.asarray(v.val, v.aval.dtype))
+                    values.append(jnp.asarray(v.val, aval.dtype))
                 count += 1
     # Variables are made by tracing alone.
     new = jax.make_jaxpr(lambda *xs: xs)(*values).jaxpr.invars

@@ -158,7 +158,8 @@ def converted(w):
 
 def fresh(w):
     for x in (0.5, 0.75):
-        yield lambda z, a, weight=w(x): weight * (z + a)
+        weight = w(x)
+        yield lambda z, a, weight=weight: weight * (z + a)
 
 
 KINDS = [
