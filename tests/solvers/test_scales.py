@@ -63,12 +63,13 @@ def test_problems_of_a_batch_may_have_scales_of_their_own(dtype):
     low, high = EXPONENTS[dtype.name][0], EXPONENTS[dtype.name][-1]
     unit = jnp.ldexp(jnp.ones((4, 1), dtype), jnp.array([[0], [low], [high], [0]]))
     fn = lambda z, x: gain * (z @ w) + x
-    for solver in (deqjax.Anderson, deqjax.Broyden, deqjax.Picard):
-        solve = jax.jit(
-            lambda x, s=solver(1e-3, 0.0, batch_ndim=1): deqjax.fixed_point(
-                fn, jnp.zeros_like(x), x, solver=s, max_steps=200
-            )
-        )
+    for kind in (deqjax.Anderson, deqjax.Broyden, deqjax.Picard):
+        solver = kind(1e-3, 0.0, batch_ndim=1)
+
+        def solve(x, solver=solver):
+            z0 = jnp.zeros_like(x)
+            return deqjax.fixed_point(fn, z0, x, solver=solver, max_steps=200)
+
         want, got = solve(x), solve(unit * x)
         assert got.result == OK
         np.testing.assert_array_equal(got.value / unit, want.value)
