@@ -29,6 +29,20 @@ def wide(dtype: Any) -> Any:
     return max(jnp.dtype(dtype), jnp.dtype(jnp.float32), key=lambda d: d.itemsize)
 
 
+def lenient(fn: Callable) -> Callable:
+    """`fn`, in which numbers per problem may meet rows without their axes.
+
+    `jax_numpy_rank_promotion="raise"` is for the code of whoever has set it.
+    """
+
+    @ft.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return fn(*args, **kwargs)
+
+    return call
+
+
 def total(parts: list[Array], op: Any = operator.add) -> Array:
     """Combine what was reduced leaf by leaf, in the widest of the dtypes."""
     dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)

@@ -121,7 +121,7 @@ class AbstractAccelerated(
         sound = self._sound(progress)
         age = jnp.where(sound, age, -1)
         unit = _tree.power_of_two(progress.last_residual)
-        proposal, memory = self.propose(
+        proposal, memory = _tree.lenient(self.propose)(
             y, f, state.memory, state.index, age, damping, before, unit
         )
         y = self._choose(progress.active(options), sound, proposal, y, progress.value)

@@ -172,6 +172,7 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         kept = _tree.where(active, held(new), held(memory))
         return z, eqx.tree_at(held, new, kept)
 
+    @_tree.lenient
     def estimate(
         self, state: AcceleratedState[_Memory], v: PyTree, transposed: bool
     ) -> PyTree:

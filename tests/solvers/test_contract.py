@@ -1,5 +1,7 @@
 """What every solver promises, whatever its method."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -312,3 +314,38 @@ def test_throw_raises_only_for_failures(name):
 def test_arguments_are_refused_by_name(solver, kwargs, words):
     with pytest.raises(ValueError, match=words):
         solver(**kwargs)
+
+
+# --- switches of JAX that users may have set ------------------------------------------
+
+
+SWITCHES = {
+    "no jit": ft.partial(jax.disable_jit, True),
+    "no rank promotion": ft.partial(jax.numpy_rank_promotion, "raise"),
+}
+# Solvers and adjoints that have arithmetic of their own.
+SWITCHED = [*SOLVERS, "shine", "neumann"]
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("batch_ndim", [0, 1])
+@pytest.mark.parametrize("name", SWITCHED)
+def test_switches_of_jax_change_nothing(name, batch_ndim, switch):
+    adjoints = {"shine": deqjax.ShineAdjoint(), "neumann": deqjax.NeumannAdjoint(2)}
+    make = SOLVERS[{"shine": "broyden", "neumann": "picard"}.get(name, name)]
+    solver = make(1e-2, 1e-2, batch_ndim=batch_ndim)
+    if name == "reversible":
+        solver = make(None, None, batch_ndim=batch_ndim)
+    x = jnp.array([[0.3, -0.2], [0.1, 0.5]])
+
+    def solve(x):
+        fn = lambda z, x: 0.4 * jnp.tanh(z) + x
+        kwargs = {"adjoint": adjoints.get(name), "max_steps": 4}
+        sol = deqjax.fixed_point(fn, jnp.zeros_like(x), x, solver=solver, **kwargs)
+        return jnp.sum(sol.value**2), sol.value
+
+    want = jax.grad(solve, has_aux=True)(x)
+    with SWITCHES[switch]():
+        got = jax.grad(solve, has_aux=True)(x)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
