@@ -320,27 +320,29 @@ def test_arguments_are_refused_by_name(solver, kwargs, words):
 
 
 SWITCHES = {
-    "no jit": ft.partial(jax.disable_jit, True),
-    "no rank promotion": ft.partial(jax.numpy_rank_promotion, "raise"),
+    "disable_jit": ft.partial(jax.disable_jit, True),
+    "rank_promotion": ft.partial(jax.numpy_rank_promotion, "raise"),
 }
-# Solvers and adjoints that have arithmetic of their own.
-SWITCHED = [*SOLVERS, "shine", "neumann"]
+# By name of a solver, those adjoints that have arithmetic of their own.
+SWITCHED = {name: (name, deqjax.JFBAdjoint()) for name in SOLVERS} | {
+    "reversible": ("reversible", deqjax.ReversibleAdjoint()),
+    "implicit": ("picard", deqjax.ImplicitAdjoint()),
+    "neumann": ("picard", deqjax.NeumannAdjoint(2)),
+    "shine": ("broyden", deqjax.ShineAdjoint()),
+}
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("batch_ndim", [0, 1])
 @pytest.mark.parametrize("name", SWITCHED)
-def test_switches_of_jax_change_nothing(name, batch_ndim, switch):
-    adjoints = {"shine": deqjax.ShineAdjoint(), "neumann": deqjax.NeumannAdjoint(2)}
-    make = SOLVERS[{"shine": "broyden", "neumann": "picard"}.get(name, name)]
-    solver = make(1e-2, 1e-2, batch_ndim=batch_ndim)
-    if name == "reversible":
-        solver = make(None, None, batch_ndim=batch_ndim)
+def test_switches_of_jax_change_nothing(name, switch):
+    name, adjoint = SWITCHED[name]
+    tol = None if name == "reversible" else 1e-2
+    solver = SOLVERS[name](tol, tol, batch_ndim=1)
     x = jnp.array([[0.3, -0.2], [0.1, 0.5]])
 
     def solve(x):
         fn = lambda z, x: 0.4 * jnp.tanh(z) + x
-        kwargs = {"adjoint": adjoints.get(name), "max_steps": 4}
+        kwargs = {"adjoint": adjoint, "max_steps": 3}
         sol = deqjax.fixed_point(fn, jnp.zeros_like(x), x, solver=solver, **kwargs)
         return jnp.sum(sol.value**2), sol.value
 
