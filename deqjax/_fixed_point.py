@@ -5,13 +5,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._checks import canonical_weights
-from ._fold import fold
+from ._fold import Traced, split, trace
+from ._programs import Programs
 from ._steps import Numbered
 from ._tree import batch_shape
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint, UnrolledAdjoint
@@ -120,25 +122,27 @@ def fixed_point(
     _check_budget(solver, z0, options.get("step_budget"), has_aux)
     if not jtu.tree_leaves(z0):
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
+    iterate = (z0,) if first is None else (z0, first)
+    traced = _traced(fn, iterate, args, has_aux)
+    # Arrays are inputs of the program; what the rest says is another program.
+    given = (solver, adjoint, options)
+    arrays, fixed = eqx.partition(given, eqx.is_array)
+    structures = tuple(jtu.tree_structure(t) for t in (iterate, traced.struct))
+    statics = (fixed, tags, max_steps, structures)
+    program, consts = PROGRAMS.find(traced.closed, statics)
     try:
-        return _solve(
-            fn,
-            z0,
-            args,
-            first,
-            solver,
-            adjoint,
-            options,
-            max_steps,
-            has_aux,
-            throw,
-            tags,
-        )
+        sol = program(consts, traced.inputs, arrays)
     except TypeError as error:
         # JAX differentiates the program as a whole, where an adjoint sees nothing.
         if isinstance(adjoint, ReversibleAdjoint) and _NO_FORWARD_MODE in str(error):
             raise TypeError(_REVERSE_ONLY) from error
         raise
+    if has_aux:
+        aux = eqx.combine(sol.aux, traced.static[1])
+        sol = eqx.tree_at(lambda s: s.aux, sol, aux, is_leaf=lambda x: x is None)
+    if throw:
+        sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
+    return sol
 
 
 # From the message of JAX for functions with a derivative rule for reverse mode alone.
@@ -151,20 +155,14 @@ _REVERSE_ONLY = (
 )
 
 
-@eqx.filter_jit
-def _solve(
-    fn: Callable,
-    z0: PyTree,
-    args: PyTree,
-    first: Array | None,
-    solver: Any,
-    adjoint: optx.AbstractAdjoint,
-    options: dict[str, Any],
-    max_steps: int,
-    has_aux: bool,
-    throw: bool,
-    tags: frozenset[object],
-) -> optx.Solution:
+def _traced(
+    fn: Callable, iterate: tuple[PyTree, ...], args: PyTree, has_aux: bool
+) -> Traced:
+    """Call `fn` once, here; all else works on what it traced to.
+
+    The iterate is (z,), or (z, step) for a map that is told its step.
+    """
+
     def pair(iterate: tuple[PyTree, ...], args: PyTree) -> tuple[PyTree, PyTree]:
         z, *step = iterate
         out = fn(z, args, *step)
@@ -177,32 +175,49 @@ def _solve(
             )
         return out
 
-    # The user's Python code runs once, here; all else works on what it traced to.
-    iterate = (z0,) if first is None else (z0, first)
-    split, kept, (struct, _) = fold(pair, iterate, args)
-    if first is None:
-        rest = lambda z, kept: split((z,), kept)
-    else:
-        rest = lambda z, numbered: split((z, numbered.step), numbered.args)
-        kept = Numbered(kept, first, first)
-    _check_output(jax.eval_shape(lambda: z0), struct)
-    sol = optx.fixed_point(
-        rest,
-        solver,
-        z0,
-        kept,
-        options,
-        has_aux=True,
-        max_steps=max_steps,
-        adjoint=adjoint,
-        throw=False,
-        tags=tags,
-    )
-    if isinstance(solver, Foreign):
-        sol = solver.judged(sol)
-    if throw:
-        sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
-    return sol
+    traced = trace(pair, iterate, args)
+    _check_output(jax.eval_shape(lambda: iterate[0]), traced.struct[0])
+    return traced
+
+
+def _solver_of(jaxpr: Any, statics: PyTree) -> Callable:
+    """The program that solves for a map with this jaxpr."""
+    fixed, tags, max_steps, (start, output) = statics
+
+    def solve(
+        consts: list[Array], inputs: list[Array], arrays: PyTree
+    ) -> optx.Solution:
+        solver, adjoint, options = eqx.combine(arrays, fixed)
+        closed = jex.core.ClosedJaxpr(jaxpr, consts)
+        size = start.num_leaves
+        parts, kept = split(closed, inputs, size)
+        z0, *first = jtu.tree_unflatten(start, inputs[:size])
+        args: Any = Numbered(kept, *first, *first) if first else kept
+
+        def rest(z: PyTree, args: Any) -> PyTree:
+            step, kept = ([args.step], args.args) if first else ([], args)
+            return jtu.tree_unflatten(output, parts([*jtu.tree_leaves(z), *step], kept))
+
+        sol = optx.fixed_point(
+            rest,
+            solver,
+            z0,
+            args,
+            options,
+            has_aux=True,
+            max_steps=max_steps,
+            adjoint=adjoint,
+            throw=False,
+            tags=tags,
+        )
+        if isinstance(solver, Foreign):
+            sol = solver.judged(sol)
+        return sol
+
+    return solve
+
+
+PROGRAMS = Programs(_solver_of)
 
 
 def _first_step(solver: Any, adjoint: Any, first: Any, has_step: bool) -> Array | None:

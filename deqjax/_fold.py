@@ -7,7 +7,7 @@ computed again need not come out the same twice.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,8 +22,11 @@ from ._upstream import bind
 # Only move or repeat entries: cheaper to do again than to keep.
 _CHEAP = {"broadcast_in_dim", "expand_dims", "iota", "reshape", "squeeze", "transpose"}
 
-# What `jax.checkpoint` is called in a jaxpr, by version.
+# What `jax.checkpoint` is called in a jaxpr, by version …
 _REMAT = {"checkpoint", "remat", "remat2"}
+
+# … and `jax.jit`.
+_JIT = {"jit", "pjit"}
 
 
 def fold(
@@ -42,22 +45,56 @@ def fold(
         `rest`, `kept` and the structure of the output, with
         `rest(z, kept) == fn(z, args)` for every z.
     """
-    traced, struct, static = eqx.filter_make_jaxpr(fn)(z, args)
+    traced = trace(fn, z, args)
+    rest, kept = split(traced.closed, traced.inputs, len(jtu.tree_leaves(z)))
+
+    def whole(z: PyTree, kept: list[Array]) -> PyTree:
+        return traced.output(rest(jtu.tree_leaves(z), kept))
+
+    return whole, kept, traced.struct
+
+
+class Traced(NamedTuple):
+    """A function after it has been called once.
+
+    Attributes:
+        closed: its jaxpr, in which no inner jaxpr of a jitted function has constants.
+        inputs: the arrays among its arguments.
+        struct: its output, without what are no arrays there.
+        static: what are none.
+    """
+
+    closed: Any
+    inputs: list[Array]
+    struct: PyTree
+    static: PyTree
+
+    def output(self, leaves: list[Array]) -> PyTree:
+        """The output that has these arrays."""
+        out = jtu.tree_unflatten(jtu.tree_structure(self.struct), leaves)
+        return eqx.combine(out, self.static)
+
+
+def trace(fn: Callable[..., PyTree], *args: PyTree) -> Traced:
+    """Call `fn` once, on tracers."""
+    closed, struct, static = eqx.filter_make_jaxpr(fn)(*args)
+    inputs = [x for x in jtu.tree_leaves(args) if eqx.is_array(x)]
+    if _hides_constants(closed.jaxpr):
+        none = [False] * len(inputs)
+        closed, _ = _flat(closed.jaxpr, closed.consts, inputs, none)
+    return Traced(closed, inputs, struct, static)
+
+
+def split(
+    closed: Any, inputs: Sequence[Array], size: int
+) -> tuple[Callable[[list[Array], list[Array]], list[Array]], list[Array]]:
+    """`fold` for a jaxpr of which the first `size` inputs are the iterate."""
     # Once, here, for all loops: what is derived from a canonical map is canonical.
-    traced = rewrite(traced)
-    inputs = [x for x in jtu.tree_leaves((z, args)) if eqx.is_array(x)]
-    size = len(jtu.tree_leaves(z))
+    closed = rewrite(closed)
     varies = [i < size for i in range(len(inputs))]
-    parts, kept = _divide(_flat(traced.jaxpr, traced.consts, inputs, varies), varies)
-
-    def rest(z: PyTree, kept: list[Array]) -> PyTree:
-        leaves = parts(jtu.tree_leaves(z), kept)
-        out = jtu.tree_unflatten(jtu.tree_structure(struct), leaves)
-        return eqx.combine(out, static)
-
+    rest, kept = _divide(_flat(closed.jaxpr, closed.consts, inputs, varies), varies)
     # Constants that Python numbers were traced to are not arrays.
-    kept = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in kept]
-    return rest, kept, struct
+    return rest, [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in kept]
 
 
 def _divide(
@@ -174,6 +211,12 @@ def _step(eqn: Any, env: dict[Any, Any]) -> None:
     env.update(zip(eqn.outvars, bind(eqn, inputs), strict=True))
 
 
+def _hides_constants(jaxpr: Any) -> bool:
+    """Whether a jitted function within has constants of its own."""
+    inner = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name in _JIT]
+    return any(len(c.consts) > 0 or _hides_constants(c.jaxpr) for c in inner)
+
+
 def _flat(
     jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], varies: Sequence[bool]
 ) -> tuple[Any, Sequence[Any]]:
@@ -197,7 +240,7 @@ def _enter(
         values = [_read(v, env) for v in eqn.invars]
         moves = [_is_var(v) and v in varying for v in eqn.invars]
         name = eqn.primitive.name
-        if name in ("jit", "pjit"):
+        if name in _JIT:
             inner = eqn.params["jaxpr"]
             outputs, moved = _enter(inner.jaxpr, inner.consts, values, moves)
         else:

@@ -125,6 +125,16 @@ def test_throw_raises_under_jit_too():
         jax.block_until_ready(run(jnp.zeros(2)))
 
 
+@pytest.mark.parametrize("run", [lambda f: f, jax.grad])
+def test_throw_raises_at_the_call_with_nothing_but_the_reason(run):
+    """Without an outer `jax.jit`, and under `jax.grad` as well."""
+    solve = ft.partial(deqjax.fixed_point, half, throw=True, max_steps=1)
+    with pytest.raises(RuntimeError, match="maximum number of steps") as caught:
+        run(lambda z: jnp.sum(solve(z).value))(jnp.zeros(2))
+    assert "callback" not in str(caught.value).lower()
+    assert "XlaRuntimeError" not in str(caught.value)
+
+
 def test_without_throw_the_result_says_so():
     sol = deqjax.fixed_point(half, jnp.zeros(2), max_steps=1)
     assert sol.result == optx.RESULTS.nonlinear_max_steps_reached

@@ -64,6 +64,7 @@ def write(basis: Rings, j: Array, vector: PyTree, batch_ndim: int) -> Rings:
     return out
 
 
+@_tree.lenient
 def orthogonalise(
     basis: Rings, j: Array, w: PyTree, batch_ndim: int
 ) -> tuple[Reals, PyTree]:
@@ -96,6 +97,7 @@ def _project(
     return jnp.concatenate(parts, -1), w
 
 
+@_tree.lenient
 def combine(basis: Rings, c: Reals, like: PyTree, batch_ndim: int) -> PyTree:
     """V c, in the structure given."""
     parts = [

@@ -69,6 +69,7 @@ class Cycles(eqx.Module):
 
     batch_ndim: int
 
+    @_tree.lenient
     def begin(self, system: System, cycle: int) -> tuple[Progress, Rings]:
         trivial, b, at_zero = system.trivial, system.b, system.at_zero
         shape, dtype = trivial.shape, system.size.dtype
@@ -101,6 +102,7 @@ class Cycles(eqx.Module):
         )
         return progress, basis
 
+    @_tree.lenient
     def open(
         self, system: System, carry: Progress, column: Array, size: Reals
     ) -> tuple[Progress, Reals]:
@@ -142,6 +144,7 @@ class Cycles(eqx.Module):
         )
         return carry, jnp.where(live, 1 / jnp.where(live, size, 1), 0)
 
+    @_tree.lenient
     def extend(
         self, system: System, carry: Progress, column: Array, height: Reals
     ) -> tuple[Progress, Reals]:
@@ -207,6 +210,7 @@ class Cycles(eqx.Module):
         )
         return carry, jnp.where(live, 1 / jnp.where(height > 0, height, 1), 0)
 
+    @_tree.lenient
     def close(
         self,
         system: System,

@@ -18,14 +18,16 @@ class _Memory(eqx.Module):
     """The last m + 1 evaluations, in rings.
 
     Attributes:
-        residuals: rows r = f(z) − z.
+        residuals: rows r = f(z) − z, each divided by its unit.
         targets: rows u = z + β r.
-        gram: inner products of the residuals.
+        gram: inner products of the rows of `residuals`.
+        units: powers of two of about the size of r.
     """
 
     residuals: PyTree
     targets: PyTree
     gram: Float[Array, "*batch rows rows"]
+    units: Float[Array, "*batch rows"]
 
 
 class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
@@ -113,7 +115,7 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         rows = _tree.ring(y, length, k)
         zero = jnp.zeros_like(_tree.norm(y, k))[..., None, None]
         gram = jnp.broadcast_to(zero, (*zero.shape[:k], length, length))
-        return _Memory(rows, rows, gram)
+        return _Memory(rows, rows, gram, gram[..., 0] + 1)
 
     def propose(
         self,
@@ -124,6 +126,7 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         age: Counts,
         damping: Reals,
         active: Flags,
+        unit: Reals,
     ) -> tuple[Y, _Memory]:
         k, length = self.batch_ndim, self.history + 1
         slots, slot = jnp.arange(length, dtype=index.dtype), index % length
@@ -134,7 +137,8 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
             w = _tree.expand(weight, y).astype(f.dtype)
             return jnp.where(w == 1, f, y + w * (f - y))
 
-        r = _tree.subtract(f, y)
+        r = _tree.scale(1 / unit, _tree.subtract(f, y))
+        units = jnp.where(here, unit[..., None], memory.units)
         residuals = _tree.enter(memory.residuals, r, slot, k)
         u = jtu.tree_map(target, y, f)
         targets = _tree.enter(memory.targets, u, slot, k)
@@ -143,14 +147,18 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         gram = jnp.where(here, new[..., :, None], gram)
         back = slot - slots
         back = jnp.where(back < 0, back + length, back)
-        alpha = _weights(gram, back <= age[..., None], self.ridge)
+        alpha = _weights(gram, units, back <= age[..., None], self.ridge)
         mix = _tree.combine(alpha, targets, y, k)
         z = jtu.tree_map(lambda z, y: z.astype(y.dtype), mix, y)
-        return z, _Memory(residuals, targets, gram)
+        return z, _Memory(residuals, targets, gram, units)
 
 
-def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
+def _weights(
+    gram: Array, units: Array, valid: Array, ridge: Array | float | None
+) -> Array:
     """The mixing weights α, 0 where not `valid`, from the Gram matrix G of residuals.
+
+    What is given is D⁻¹ G D⁻¹ and the diagonal of D.
 
     Gauss–Jordan elimination of the bordered system
 
@@ -164,6 +172,11 @@ def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
     if ridge is None:
         ridge = 10 * float(jnp.finfo(gram.dtype).eps)
     diagonal = jnp.eye(size, dtype=bool)
+    # G itself, divided by the square of the largest unit.
+    units = jnp.where(valid, units, 0)
+    largest = jnp.max(units, -1, keepdims=True)
+    ratio = units / jnp.where(largest > 0, largest, 1)
+    gram = gram * ratio[..., :, None] * ratio[..., None, :]
     square = jnp.sum(jnp.where(diagonal, gram, 0), -1)
     valid = valid & jnp.isfinite(square)
     largest = jnp.max(jnp.where(valid, square, 0), -1, keepdims=True)
@@ -181,6 +194,7 @@ def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
     a = jnp.concatenate([jnp.concatenate(columns, -1), last], -2)
 
     def eliminate(i: Array, a: Array) -> Array:
+        i = jnp.asarray(i)  # a Python integer under `jax.disable_jit`
         row = lax.dynamic_index_in_dim(a, i, -2)
         column = lax.dynamic_index_in_dim(a, i, -1)
         pivot = lax.dynamic_index_in_dim(column, i, -2)

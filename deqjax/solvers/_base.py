@@ -196,8 +196,8 @@ class AbstractSolver(
         if isinstance(aux, Measured):
             residual, norm = lax.stop_gradient((aux.residual, aux.norm))
         else:
-            residual = _tree.norm(_tree.subtract(f, z), self.batch_ndim)
-            norm = _tree.norm(f, self.batch_ndim)
+            both = [_tree.subtract(f, z), f]
+            residual, norm = _tree.norms(both, self.batch_ndim)
         finite = jnp.isfinite(residual) & jnp.isfinite(norm)
         first = progress.num_steps == 0
         converged = self.passes(residual, norm) & (progress.num_steps >= self.min_steps)

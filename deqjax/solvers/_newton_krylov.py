@@ -259,9 +259,8 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
             solver = eqx.tree_at(
                 lambda s: s.rtol, solver, forcing, is_leaf=lambda x: x is None
             )
-        # Scaled to 1 per problem: linear solvers take a small right-hand side for 0.
-        unit = _tree.max_abs(residual, k)
-        unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+        # Scaled per problem: linear solvers take a small right-hand side for 0.
+        unit = _tree.magnitude(residual, k)
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: residual))
         sol = lx.linear_solve(
             operator, _tree.scale(1 / unit, residual), solver, throw=False

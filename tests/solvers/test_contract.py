@@ -1,5 +1,7 @@
 """What every solver promises, whatever its method."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -312,3 +314,40 @@ def test_throw_raises_only_for_failures(name):
 def test_arguments_are_refused_by_name(solver, kwargs, words):
     with pytest.raises(ValueError, match=words):
         solver(**kwargs)
+
+
+# --- switches of JAX that users may have set ------------------------------------------
+
+
+SWITCHES = {
+    "disable_jit": ft.partial(jax.disable_jit, True),
+    "rank_promotion": ft.partial(jax.numpy_rank_promotion, "raise"),
+}
+# By name of a solver, those adjoints that have arithmetic of their own.
+SWITCHED = {name: (name, deqjax.JFBAdjoint()) for name in SOLVERS} | {
+    "reversible": ("reversible", deqjax.ReversibleAdjoint()),
+    "implicit": ("picard", deqjax.ImplicitAdjoint()),
+    "neumann": ("picard", deqjax.NeumannAdjoint(2)),
+    "shine": ("broyden", deqjax.ShineAdjoint()),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("name", SWITCHED)
+def test_switches_of_jax_change_nothing(name, switch):
+    name, adjoint = SWITCHED[name]
+    tol = None if name == "reversible" else 1e-2
+    solver = SOLVERS[name](tol, tol, batch_ndim=1)
+    x = jnp.array([[0.3, -0.2], [0.1, 0.5]])
+
+    def solve(x):
+        fn = lambda z, x: 0.4 * jnp.tanh(z) + x
+        kwargs = {"adjoint": adjoint, "max_steps": 3}
+        sol = deqjax.fixed_point(fn, jnp.zeros_like(x), x, solver=solver, **kwargs)
+        return jnp.sum(sol.value**2), sol.value
+
+    want = jax.grad(solve, has_aux=True)(x)
+    with SWITCHES[switch]():
+        got = jax.grad(solve, has_aux=True)(x)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
