@@ -145,8 +145,8 @@ class ForwardSweep(SolverLoop):
         # A solve of no steps evaluates f once, for what it reports.
         num_evals = jnp.maximum(2 * steps, 1)
 
-        def half(h: Array, carry: _Carry) -> _Carry:
-            h = h.astype(jnp.int32)
+        def half(h: Array | int, carry: _Carry) -> _Carry:
+            h = jnp.asarray(h, jnp.int32)  # from an integer under `jax.disable_jit`
             f, aux = self.inputs.fn(carry.b, self.inputs.args)
             active = None
             if limited:
@@ -264,8 +264,8 @@ def reverse_sweep(
     k = tape.residues.batch_ndim
     take = ft.partial(lax.dynamic_index_in_dim, keepdims=False)
 
-    def half(i: Array, carry: tuple) -> tuple:
-        h = (trips - 1 - i).astype(jnp.int32)
+    def half(i: Array | int, carry: tuple) -> tuple:
+        h = jnp.asarray(trips - 1 - i, jnp.int32)
         (a, b), (ct_a, ct_b), gradient, worst = carry
         active = None if num_steps is not None else h < 2 * tape.steps
         # Half step h has evaluated f at a, and has made b.
