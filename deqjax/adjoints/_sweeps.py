@@ -155,8 +155,8 @@ class ForwardSweep(SolverLoop):
         least_evals = jnp.maximum(2 * steps, 1)
         num_evals = jnp.max(least_evals)
 
-        def half(h: Array, carry: _Carry) -> _Carry:
-            h = h.astype(jnp.int32)
+        def half(h: Array | int, carry: _Carry) -> _Carry:
+            h = jnp.asarray(h, jnp.int32)  # from an integer under `jax.disable_jit`
             f, aux = self._evaluate(h, carry)
             active = None
             if limited:
@@ -274,8 +274,8 @@ def reverse_sweep(
     k, (y0, z0) = tape.residues.batch_ndim, tape.start
     take = ft.partial(lax.dynamic_index_in_dim, keepdims=False)
 
-    def half(i: Array, carry: tuple) -> tuple:
-        h = (trips - 1 - i).astype(jnp.int32)
+    def half(i: Array | int, carry: tuple) -> tuple:
+        h = jnp.asarray(trips - 1 - i, jnp.int32)
         (a, b), (ct_a, ct_b), gradient, worst = carry
         active = None if num_steps is not None else h < 2 * tape.steps
         # Half step h has evaluated f at a, and has made b.

@@ -193,7 +193,7 @@ def _weights(
     last = jnp.concatenate([border, zero, one], -1)[..., None, :]
     a = jnp.concatenate([jnp.concatenate(columns, -1), last], -2)
 
-    def eliminate(i: Array, a: Array) -> Array:
+    def eliminate(i: Array | int, a: Array) -> Array:
         i = jnp.asarray(i)  # a Python integer under `jax.disable_jit`
         row = lax.dynamic_index_in_dim(a, i, -2)
         column = lax.dynamic_index_in_dim(a, i, -1)
