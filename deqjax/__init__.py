@@ -2,6 +2,7 @@
 
 from . import (
     adjoints as adjoints,
+    diagnostics as diagnostics,
     linear as linear,
     nn as nn,
     regularise as regularise,
