@@ -24,7 +24,6 @@ class Leading(NamedTuple):
     """Eigenvalues of largest modulus, one row per problem; see `spectrum`."""
 
     values: np.ndarray
-    vectors: Array  # (problems, num, entries): real parts
     residual: np.ndarray
     condition: np.ndarray
     converged: np.ndarray
@@ -45,6 +44,70 @@ def leading(
     batch_ndim: int,
 ) -> Leading:
     """The `num` eigenvalues of largest modulus of the operator named by `kind`."""
+    pairs, basis_, products = _iterate(
+        kind, fn, z, args, num, basis, rtol, max_restarts, key, batch_ndim
+    )
+    values = np.stack([p.values for p in pairs])
+    vectors = np.stack([p.vectors for p in pairs])
+    part = lambda x: jnp.asarray(x, basis_.dtype)
+    residual, count = _measure(
+        kind,
+        fn,
+        z,
+        args,
+        basis_,
+        (part(vectors.real), part(vectors.imag)),
+        (part(values.real), part(values.imag)),
+        batch_ndim,
+    )
+    residual = np.asarray(residual, np.float64)
+    scale = np.stack([p.scale for p in pairs])
+    return Leading(
+        values=values,
+        residual=residual,
+        condition=np.stack([p.condition for p in pairs]),
+        # Comparisons with NaN are false.
+        converged=residual <= rtol * scale,
+        products=products + int(count),
+    )
+
+
+def extreme(
+    kind: str,
+    fn: Callable,
+    z: PyTree,
+    args: PyTree,
+    *,
+    basis: int,
+    rtol: float,
+    max_restarts: int,
+    key: PRNGKeyArray,
+    batch_ndim: int,
+) -> tuple[Array, int]:
+    """The leading eigenvector of a symmetric operator per problem, and the products.
+
+    What it is worth is left to be measured by the caller.
+    """
+    pairs, basis_, products = _iterate(
+        kind, fn, z, args, 1, basis, rtol, max_restarts, key, batch_ndim
+    )
+    weights = np.stack([p.vectors[0].real for p in pairs])
+    return _combine(jnp.asarray(weights, basis_.dtype), basis_[:, :-1]), products
+
+
+def _iterate(
+    kind: str,
+    fn: Callable,
+    z: PyTree,
+    args: PyTree,
+    num: int,
+    basis: int,
+    rtol: float,
+    max_restarts: int,
+    key: PRNGKeyArray,
+    batch_ndim: int,
+) -> tuple[list[Any], Array, int]:
+    """The Ritz pairs of every problem, the basis they refer to, and the products."""
     rows = _state.flatten(z, batch_ndim)
     problems, n = rows.shape
     num = min(num, n)
@@ -54,8 +117,7 @@ def leading(
     basis_ = jnp.zeros((problems, m + 1, n), rows.dtype).at[:, 0].set(start)
     matrix = np.zeros((problems, m + 1, m))
     index = np.zeros(problems, np.int32)
-    products = np.zeros((), np.int64)
-    cycle = 0
+    products, cycle = 0, 0
     while True:
         basis_, device_matrix, count = _extend(
             kind,
@@ -83,31 +145,7 @@ def leading(
             if pending[i]:
                 index[i], matrix[i], rotation[i] = _restart(matrix[i], num)
         basis_ = _rotate(jnp.asarray(rotation, rows.dtype), basis_)
-
-    values = np.stack([p.values for p in pairs])
-    vectors = np.stack([p.vectors for p in pairs])
-    part = lambda x: jnp.asarray(x, rows.dtype)
-    residual, long, count = _measure(
-        kind,
-        fn,
-        z,
-        args,
-        basis_,
-        (part(vectors.real), part(vectors.imag)),
-        (part(values.real), part(values.imag)),
-        batch_ndim,
-    )
-    residual = np.asarray(residual, np.float64)
-    scale = np.stack([p.scale for p in pairs])
-    return Leading(
-        values=values,
-        vectors=long,
-        residual=residual,
-        condition=np.stack([p.condition for p in pairs]),
-        # Comparisons with NaN are false.
-        converged=residual <= rtol * scale,
-        products=products + int(count),
-    )
+    return pairs, basis_, products
 
 
 class _Pairs(NamedTuple):
@@ -189,6 +227,11 @@ def _rotate(rotation: Array, basis: Array) -> Array:
 
 
 @eqx.filter_jit
+def _combine(weights: Array, basis: Array) -> Array:
+    return jnp.einsum("bm,bmn->bn", weights, basis, precision=_HIGHEST)
+
+
+@eqx.filter_jit
 def _extend(
     kind: str,
     fn: Callable,
@@ -257,23 +300,22 @@ def _measure(
     vectors: tuple[Array, Array],
     values: tuple[Array, Array],
     batch_ndim: int,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """‖A x − θ x‖ / ‖x‖ by two real products for every pair."""
     apply = _state.product(kind, fn, z, args, batch_ndim)
 
-    def one(carry: Array, pair: Any) -> tuple[Array, tuple[Array, Array]]:
+    def one(carry: Array, pair: Any) -> tuple[Array, Array]:
         (y, iy), (a, b) = pair
-        long = lambda c: jnp.einsum("bm,bmn->bn", c, basis[:, :-1], precision=_HIGHEST)
-        x, ix = long(y), long(iy)
+        x, ix = _combine(y, basis[:, :-1]), _combine(iy, basis[:, :-1])
         a, b = a[:, None], b[:, None]
         (real, first), (imag, second) = apply(x), apply(ix)
         real, imag = real - (a * x - b * ix), imag - (a * ix + b * x)
         norm = lambda u, v: jnp.sqrt(jnp.sum(u * u + v * v, axis=1))
         count = carry + (first + second).astype(carry.dtype)
-        return count, (norm(real, imag) / norm(x, ix), x)
+        return count, norm(real, imag) / norm(x, ix)
 
     swap = lambda tree: jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
-    count, (residual, long) = lax.scan(
+    count, residual = lax.scan(
         one, jnp.array(0, jnp.int32), (swap(vectors), swap(values))
     )
-    return jnp.swapaxes(residual, 0, 1), jnp.swapaxes(long, 0, 1), count
+    return jnp.swapaxes(residual, 0, 1), count

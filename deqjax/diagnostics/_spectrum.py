@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Complex, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_count
-from ._krylov import Leading, leading
+from ._krylov import extreme, leading
 from ._report import AbstractReport, Table, axes, problem_names
 from ._state import (
     batch_of,
@@ -334,7 +334,7 @@ def singular_values(
     key = jr.key(0) if key is None else key
     values, residuals, products = [], [], 0
     for kind in ("gram", "shifted", "inverse"):
-        found = extreme(
+        vectors, count = extreme(
             kind,
             fn,
             z,
@@ -345,10 +345,10 @@ def singular_values(
             key=key,
             batch_ndim=batch_ndim,
         )
-        value, residual = triplet(kind, fn, z, args, found.vectors[:, 0], batch_ndim)
+        value, residual = triplet(kind, fn, z, args, vectors, batch_ndim)
         values.append(np.asarray(value))
         residuals.append(np.asarray(residual))
-        products += int(found.products) + 2
+        products += count + 2
     sigma, residual = np.stack(values, -1), np.stack(residuals, -1)
     with np.errstate(divide="ignore", invalid="ignore"):
         condition = sigma[:, 1] / sigma[:, 2]
@@ -361,11 +361,6 @@ def singular_values(
         converged=to_batch(residual <= limit * sigma, batch),
         num_products=jnp.asarray(products, jnp.int32),
     )
-
-
-def extreme(kind: str, fn: Callable, z: PyTree, args: PyTree, **kwargs: Any) -> Leading:
-    """The leading eigenvector of a symmetric operator."""
-    return leading(kind, fn, z, args, num=1, **kwargs)
 
 
 @eqx.filter_jit

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
@@ -150,15 +151,16 @@ def product(
     rtol = max(20 * float(jnp.finfo(struct.dtype).eps), 1e-10)
     solver = GMRES(rtol=rtol, batch_ndim=1, max_steps=400)
 
-    def solve(matrix: Product, v: Rows) -> tuple[Rows, Array]:
+    def solve(v: Rows, transposed: Array) -> tuple[Rows, Array]:
+        matrix = lambda v: lax.cond(transposed, backward, forward, v)
         operator = lx.FunctionLinearOperator(matrix, struct)
         sol = lx.linear_solve(operator, v, solver, throw=False)
         return sol.value, sol.stats["num_products"]
 
     def inverse(v: Rows) -> tuple[Rows, Array]:
-        middle, first = solve(backward, v)
-        out, second = solve(forward, middle)
-        return out, first + second
+        # A loop of two steps, so that GMRES is compiled once.
+        out, counts = lax.scan(solve, v, jnp.array([True, False]))
+        return out, jnp.sum(counts)
 
     return inverse
 
