@@ -1,5 +1,20 @@
 """Reports on a map, its fixed point, its solvers and its gradients."""
 
+from ._contraction import (
+    ContractionReport as ContractionReport,
+    LipschitzReport as LipschitzReport,
+    contraction_report as contraction_report,
+    lipschitz as lipschitz,
+)
+from ._coupling import (
+    CouplingReport as CouplingReport,
+    coupling_report as coupling_report,
+)
+from ._gradients import (
+    GradientReport as GradientReport,
+    gradient_report as gradient_report,
+)
+from ._solvers import SolverReport as SolverReport, solver_report as solver_report
 from ._spectrum import (
     SingularValues as SingularValues,
     Spectrum as Spectrum,

@@ -91,7 +91,7 @@ class Spectrum(AbstractReport):
 
 
 _EIGENVALUES = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-5, "float64": 1e-9}
-_SINGULAR = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-6}
+SINGULAR = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-6}
 
 
 def tolerance(rtol: Any, z: PyTree, defaults: dict[str, float]) -> float:
@@ -330,7 +330,7 @@ def singular_values(
     check_count("max_restarts", max_restarts, 0)
     z = canonical_state(fn, z, args, batch_ndim)
     batch, real = batch_of(z, batch_ndim), flatten(z, batch_ndim).dtype
-    limit = tolerance(rtol, z, _SINGULAR)
+    limit = tolerance(rtol, z, SINGULAR)
     key = jr.key(0) if key is None else key
     values, residuals, products = [], [], 0
     for kind in ("gram", "shifted", "inverse"):
