@@ -19,6 +19,7 @@ from .adjoints import (
     ShineAdjoint as ShineAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )
+from .diagnostics import summary as summary
 from .solvers import (
     Anderson as Anderson,
     Broyden as Broyden,

@@ -2,9 +2,7 @@
 
 from ._contraction import (
     ContractionReport as ContractionReport,
-    LipschitzReport as LipschitzReport,
     contraction_report as contraction_report,
-    lipschitz as lipschitz,
 )
 from ._coupling import (
     CouplingReport as CouplingReport,
@@ -14,6 +12,7 @@ from ._gradients import (
     GradientReport as GradientReport,
     gradient_report as gradient_report,
 )
+from ._lipschitz import LipschitzReport as LipschitzReport, lipschitz as lipschitz
 from ._solvers import SolverReport as SolverReport, solver_report as solver_report
 from ._spectrum import (
     SingularValues as SingularValues,
@@ -21,3 +20,4 @@ from ._spectrum import (
     singular_values as singular_values,
     spectrum as spectrum,
 )
+from ._summary import summary as summary

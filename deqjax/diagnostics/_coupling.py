@@ -87,6 +87,8 @@ class CouplingReport(AbstractReport):
             shown = np.where(size > 0, np.log10(np.where(size > 0, size, 1)), np.nan)
         image = ax.imshow(shown, cmap="viridis", interpolation="nearest")
         ax.figure.colorbar(image, ax=ax, label="log₁₀ of the derivative's norm")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("example that is influenced")
         ax.set_ylabel("example that influences")
         return ax
