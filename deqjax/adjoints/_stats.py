@@ -125,7 +125,7 @@ def _entry(value: Any) -> str:
     """The numbers of an array that has some, else its shape and dtype."""
     known = isinstance(value, Array | np.ndarray) and not isinstance(value, Tracer)
     if not known or value.size > _SHOWN:
-        return eqx.tree_pformat(value)
+        return eqx.tree_pformat(value, struct_as_array=True)
     try:
         numbers = np.asarray(value)
     except RuntimeError:  # deleted, donated to a computation, or on other hosts

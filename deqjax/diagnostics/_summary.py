@@ -26,7 +26,8 @@ def summary(sol: optx.Solution) -> str:
 
     Example:
         >>> import deqjax, jax.numpy as jnp
-        >>> sol = deqjax.fixed_point(lambda z, a: 0.5 * z + a, jnp.zeros(2), jnp.ones(2))
+        >>> f = lambda z, a: 0.5 * z + a
+        >>> sol = deqjax.fixed_point(f, jnp.zeros(2), jnp.ones(2))
         >>> print(deqjax.summary(sol).splitlines()[0])
         result       successful
     """

@@ -4,6 +4,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import optimistix as optx
@@ -12,6 +13,8 @@ import pytest
 import deqjax
 from deqjax import diagnostics
 from tests import helpers
+
+mpl.use("agg")
 
 
 def report(cls, **changes):
