@@ -55,8 +55,9 @@ class ContractionReport(AbstractReport):
         """One sentence per problem of the batch."""
         columns = (self.spectral_radius, self.norm, self.lipschitz)
         known = np.asarray(self.rate_known & self.norm_known).reshape(-1)
-        rows = zip(*(np.asarray(c).reshape(-1) for c in columns), known, strict=True)
-        return [_verdict(*map(float, row[:3]), bool(row[3])) for row in rows]
+        rate, norm, ball = (np.asarray(c).reshape(-1).tolist() for c in columns)
+        rows = zip(rate, norm, ball, known.tolist(), strict=True)
+        return [_verdict(*row) for row in rows]
 
     def table(self) -> Table:
         batch = self.norm.shape

@@ -169,7 +169,8 @@ def _influences(
 
     # The program of values runs for no example first: −1 replaces none.
     def values(i: Array) -> tuple[Array, Array]:
-        return tuple(flatten(f(at(i, new, z)), batch_ndim) for new in (other, nan))
+        rows = lambda new: flatten(f(at(i, new, z)), batch_ndim)
+        return rows(other), rows(nan)
 
     finite, bad = lax.map(values, jnp.arange(-1, count))
 

@@ -27,7 +27,7 @@ class Leading(NamedTuple):
     residual: np.ndarray
     condition: np.ndarray
     converged: np.ndarray
-    products: np.ndarray
+    products: int
 
 
 def leading(
@@ -47,8 +47,8 @@ def leading(
     pairs, basis_, products = _iterate(
         kind, fn, z, args, num, basis, rtol, max_restarts, key, batch_ndim
     )
-    values = np.stack([p.values for p in pairs])
-    vectors = np.stack([p.vectors for p in pairs])
+    values: Any = np.stack([p.values for p in pairs])
+    vectors: Any = np.stack([p.vectors for p in pairs])
     part = lambda x: jnp.asarray(x, basis_.dtype)
     residual, count = _measure(
         kind,
@@ -164,7 +164,9 @@ def _ritz(matrix: np.ndarray, num: int) -> _Pairs:
         nan = np.full(num, np.nan)
         vectors = np.full((num, len(square)), np.nan, np.complex128)
         return _Pairs(nan.astype(np.complex128), vectors, nan, nan, nan, False)
-    values, left, right = scipy.linalg.eig(square, left=True, right=True)
+    # Its stubs do not know how many outputs these options give.
+    decomposition: Any = scipy.linalg.eig(square, left=True, right=True)
+    values, left, right = decomposition
     # Of a complex pair the one in the upper half plane comes first.
     order = np.lexsort((-values.imag, -np.round(np.abs(values), 12)))[:num]
     values, left, right = values[order], left[:, order], right[:, order]
@@ -186,7 +188,8 @@ def _restart(matrix: np.ndarray, num: int) -> tuple[int, np.ndarray, np.ndarray]
     """Keep a leading invariant subspace of S, in a real Schur form."""
     square, last = matrix[:-1], matrix[-1]
     m = len(square)
-    upper, vectors = scipy.linalg.schur(square, output="real")
+    decomposition: Any = scipy.linalg.schur(square, output="real")
+    upper, vectors = decomposition
     sizes = _squares(upper)
     keep = min(num + max((m - num) // 2, 1), m - 2)
     select = np.zeros(m, np.int32)
@@ -204,7 +207,8 @@ def _restart(matrix: np.ndarray, num: int) -> tuple[int, np.ndarray, np.ndarray]
 
 
 def _reorder(select: np.ndarray, upper: np.ndarray, vectors: np.ndarray) -> Any:
-    return scipy.linalg.lapack.dtrsen(select, upper, vectors, job="N", wantq=1)
+    (trsen,) = scipy.linalg.get_lapack_funcs(("trsen",), (upper,))
+    return trsen(select, upper, vectors, job="N", wantq=1)
 
 
 def _squares(upper: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ class Spectrum(AbstractReport):
         ax = axes(ax, (4.0, 4.0))
         angle = np.linspace(0, 2 * np.pi, 200)
         ax.plot(np.cos(angle), np.sin(angle), color="0.6", lw=1, label="|λ| = 1")
-        values = np.asarray(self.eigenvalues).reshape(-1)
+        values: Any = np.asarray(self.eigenvalues).reshape(-1)
         good = np.asarray(self.converged).reshape(-1)
         for mask, name, fill in (
             (good, "converged", "tab:blue"),
