@@ -168,7 +168,9 @@ def _ritz(matrix: np.ndarray, num: int) -> _Pairs:
     decomposition: Any = scipy.linalg.eig(square, left=True, right=True)
     values, left, right = decomposition
     # Of a complex pair the one in the upper half plane comes first.
-    order = np.lexsort((-values.imag, -np.round(np.abs(values), 12)))[:num]
+    sizes = np.abs(values)
+    sizes = np.round(sizes / max(np.max(sizes), np.finfo(np.float64).tiny), 12)
+    order = np.lexsort((-values.imag, -sizes))[:num]
     values, left, right = values[order], left[:, order], right[:, order]
     cosine = np.abs(np.sum(left.conj() * right, axis=0))
     size = np.linalg.norm(square, 2)

@@ -108,6 +108,14 @@ def test_equal_moduli_and_all_scales(scale):
     np.testing.assert_allclose(float(exact.spectral_radius) / scale, 1, rtol=1e-5)
 
 
+def test_tiny_eigenvalues_are_in_order():
+    a = jnp.array([1e-15, 4e-15, -3e-15, 2e-15])
+    got = spectrum(lambda z, a: a * z, jnp.zeros(4), a, num=3)
+    np.testing.assert_allclose(
+        np.asarray(got.eigenvalues).real, [4e-15, -3e-15, 2e-15], rtol=1e-5
+    )
+
+
 def test_zero_one_entry_and_nan():
     zero = spectrum(lambda z, a: 0 * z + a, jnp.ones(3), 1.0, num=2)
     assert bool(jnp.all(zero.converged))
