@@ -2,6 +2,7 @@
 
 from . import (
     adjoints as adjoints,
+    diagnostics as diagnostics,
     linear as linear,
     nn as nn,
     regularise as regularise,
@@ -18,6 +19,7 @@ from .adjoints import (
     ShineAdjoint as ShineAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )
+from .diagnostics import summary as summary
 from .solvers import (
     Anderson as Anderson,
     Broyden as Broyden,

@@ -6,7 +6,15 @@ import re
 
 import pytest
 
-PACKAGES = ["", ".adjoints", ".linear", ".nn", ".regularise", ".solvers"]
+PACKAGES = [
+    "",
+    ".adjoints",
+    ".diagnostics",
+    ".linear",
+    ".nn",
+    ".regularise",
+    ".solvers",
+]
 
 
 def public(package):

@@ -6,6 +6,8 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 
@@ -71,6 +73,12 @@ class BackwardStats(eqx.Module):
         self.repair = zeros
         self.forward_residual = zeros
 
+    def __repr__(self):
+        entries = ", ".join(
+            f"{name}={_entry(value)}" for name, value in vars(self).items()
+        )
+        return f"{type(self).__name__}({entries})"
+
     def record(
         self,
         *,
@@ -111,6 +119,24 @@ class BackwardStats(eqx.Module):
             fit(forward_residual, self.forward_residual, worst),
         ]
         return jtu.tree_unflatten(jtu.tree_structure(self), leaves)
+
+
+def _entry(value: Any) -> str:
+    """The numbers of an array that has some, else its shape and dtype."""
+    known = isinstance(value, Array | np.ndarray) and not isinstance(value, Tracer)
+    if not known or value.size > _SHOWN:
+        return eqx.tree_pformat(value, struct_as_array=True)
+    try:
+        numbers = np.asarray(value)
+    except RuntimeError:  # deleted, donated to a computation, or on other hosts
+        return eqx.tree_pformat(value)
+    return np.array2string(
+        numbers, separator=", ", formatter={"all": lambda x: f"{x:.4g}"}
+    )
+
+
+# Most entries of an array that are printed one by one.
+_SHOWN = 16
 
 
 def check_probe(probe: Any) -> None:
