@@ -263,8 +263,14 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         unit = _tree.max_abs(residual, k)
         unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: residual))
+        # What the direction is worth shows in f itself.
+        options = {"measure": False} if isinstance(solver, GMRES) else {}
         sol = lx.linear_solve(
-            operator, _tree.scale(1 / unit, residual), solver, throw=False
+            operator,
+            _tree.scale(1 / unit, residual),
+            solver,
+            options=options,
+            throw=False,
         )
         direction = _tree.scale(unit, sol.value)
         linear = jnp.asarray(sol.stats.get("relative_residual", jnp.zeros_like(unit)))
