@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_count
+from .._checks import check_count, plain, whole
 from .._upstream import unvmap_any
 from ._base import AbstractIterative, Outcome, System
 from ._basis import Rings, orthogonalise, read, write
@@ -100,11 +100,11 @@ class GMRES(AbstractIterative):
         for solving nonsymmetric linear systems, doi:10.1137/0907058.
     """
 
-    rtol: float | Array | None = None
-    atol: float | Array = 0.0
-    restart: int = eqx.field(default=30, kw_only=True)
-    max_steps: int | None = eqx.field(default=None, kw_only=True)
-    batch_ndim: int = eqx.field(default=0, kw_only=True)
+    rtol: float | Array | None = eqx.field(default=None, converter=plain)
+    atol: float | Array = eqx.field(default=0.0, converter=plain)
+    restart: int = eqx.field(default=30, kw_only=True, converter=whole)
+    max_steps: int | None = eqx.field(default=None, kw_only=True, converter=whole)
+    batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
     def __check_init__(self):
         check_count("restart", self.restart, 1)
