@@ -9,11 +9,45 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+# Counts are int32 in the compiled program.
+_LARGEST = 2**31 - 1
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, its other arrays as JAX's; all else as it is.
+
+    Those that configuration files and NumPy's functions give are numbers, too.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return value.item() if value.ndim == 0 else jnp.asarray(value)
+    return value
+
+
+def whole(value: Any) -> Any:
+    """A whole number that is known while tracing as Python's; all else as it is."""
+    known = isinstance(value, Array) and not isinstance(value, Tracer)
+    return plain(np.asarray(value) if known and value.ndim == 0 else value)
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """`value` as a Python integer; raises unless it is one of at least `least`."""
+    count = whole(value)
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
         raise ValueError(f"`{name}` must be an integer ≥ {least}; got {value!r}.")
+    if count > _LARGEST:
+        raise ValueError(
+            f"`{name}` must be at most {_LARGEST}, the largest that int32 holds; got "
+            f"{value!r}."
+        )
+    return count
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a Python bool; raises unless it is True or False."""
+    flag = whole(value)
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
+    return flag
 
 
 def check_beta(beta: Any, *, below: float) -> None:
@@ -36,6 +70,7 @@ def canonical_weights(name: str, beta: PyTree) -> PyTree:
     """
 
     def leaf(b: Any) -> Any:
+        b = plain(b)
         try:
             known = np.asarray(b) if not isinstance(b, Tracer) else None
             real = jnp.issubdtype(jnp.result_type(b), jnp.floating)

@@ -1,6 +1,6 @@
 """The entry point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from ._checks import canonical_weights
+from ._checks import canonical_weights, check_flag
 from ._fold import Traced, split, trace
 from ._programs import Programs
 from ._steps import Numbered
@@ -29,12 +29,12 @@ def fixed_point(
     *,
     solver: Any = None,
     adjoint: optx.AbstractAdjoint | None = None,
-    max_steps: int = 64,
+    max_steps: Any = 64,
     has_aux: bool = False,
     has_step: bool = False,
-    throw: bool = False,
-    options: dict[str, Any] | None = None,
-    tags: frozenset[object] = frozenset(),
+    throw: Any = False,
+    options: Any = None,
+    tags: Any = frozenset(),
 ) -> optx.Solution:
     r"""Find z with z = fn(z, args), and make it differentiable.
 
@@ -106,8 +106,10 @@ def fixed_point(
     if adjoint is None:
         reversible = isinstance(solver, Reversible)
         adjoint = ReversibleAdjoint() if reversible else ImplicitAdjoint()
-    _check(fn, solver, adjoint, max_steps)
-    options = {} if options is None else dict(options)
+    max_steps = _check(fn, solver, adjoint, max_steps)
+    _check_tags(tags)
+    throw = check_flag("`throw`", throw)
+    options = _as_dictionary(options)
     first = _first_step(solver, adjoint, options.pop("first_step", None), has_step)
     if has_step and has_aux and solver.batch_ndim > 0 and not solver.static:
         raise ValueError(
@@ -244,7 +246,8 @@ def _first_step(solver: Any, adjoint: Any, first: Any, has_step: bool) -> Array 
     return number.astype(jnp.int32)
 
 
-def _check(fn: Any, solver: Any, adjoint: Any, max_steps: Any) -> None:
+def _check(fn: Any, solver: Any, adjoint: Any, max_steps: Any) -> int:
+    """`max_steps` as a Python integer; raises if one of them is not of its kind."""
     if not callable(fn):
         raise TypeError(f"`fn` must be callable; got {type(fn).__name__}.")
     if not isinstance(solver, KINDS):
@@ -258,11 +261,31 @@ def _check(fn: Any, solver: Any, adjoint: Any, max_steps: Any) -> None:
             "`adjoint` must be an adjoint of deqjax or optimistix (an instance, not "
             f"the class); got {adjoint!r}."
         )
-    check_count("max_steps", max_steps, 1)
+    return check_count("max_steps", max_steps, 1)
 
 
-def _canonical_options(solver: Any, options: dict[str, Any] | None) -> dict[str, Any]:
-    options = {} if options is None else dict(options)
+def _check_tags(tags: Any) -> None:
+    """Raise unless these are tags of lineax; one of another kind has no effect."""
+    try:
+        unknown = [
+            tag for tag in tags if type(tag).__module__.split(".")[0] != "lineax"
+        ]
+    except TypeError:
+        unknown = [tags]
+    if unknown:
+        raise TypeError(
+            "`tags` must be a set of tags of lineax (`lineax.symmetric_tag`, …); got "
+            f"{tags!r}."
+        )
+
+
+def _as_dictionary(options: Any) -> dict[str, Any]:
+    if not (options is None or isinstance(options, Mapping)):
+        raise TypeError(f"`options` must be a dictionary or None; got {options!r}.")
+    return {} if options is None else dict(options)
+
+
+def _canonical_options(solver: Any, options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(solver, AbstractSolver):
         unknown = sorted(set(options) - solver.known_options)
         if unknown:
@@ -282,10 +305,8 @@ def _canonical_options(solver: Any, options: dict[str, Any] | None) -> dict[str,
     if "beta" in options:
         beta = canonical_weights('`options["beta"]`', options["beta"])
         options["beta"] = jtu.tree_map(jnp.asarray, beta)
-    if not isinstance(options.get("record", False), bool):
-        raise ValueError(
-            f'`options["record"]` must be True or False; got {options["record"]!r}.'
-        )
+    if "record" in options:
+        options["record"] = check_flag('`options["record"]`', options["record"])
     return options
 
 

@@ -93,7 +93,9 @@ class LinearSolve(AbstractInverse):
     ) -> tuple[PyTree, dict[str, Any]]:
         k = self.batch_ndim
         zero, usable = _tree.max_abs(rhs, k) == 0, _tree.all_finite(rhs, k)
-        options = {}
+        options: dict[str, Any] = {}
+        if isinstance(self.solver, AbstractIterative):
+            options["unit"] = unit
         if transposed and self.initial is not None:
             start = _tree.scale(1 / unit, self.initial)
             fits = _tree.all_finite(start, k) & ~zero
@@ -112,7 +114,9 @@ class LinearSolve(AbstractInverse):
         value = sol.value
         finite = _tree.all_finite(value, k)
         converged = sol.stats.get("converged", sol.result == lx.RESULTS.successful)
-        converged = zero | (converged & finite)
+        converged = converged & finite
+        if not isinstance(self.solver, AbstractIterative):
+            converged = zero | converged
         # Of a fixed number of terms nobody knows.
         tested = "converged" in sol.stats or not isinstance(
             self.solver, AbstractIterative
@@ -124,7 +128,7 @@ class LinearSolve(AbstractInverse):
         fallback = {"keep": best, "nan": nan, "jfb": rhs}[self.on_failure]
         fallback = _tree.where(usable, fallback, nan)
         value = _tree.where(converged, value, fallback)
-        value = _tree.where(zero, _tree.zeros_like(value), value)
+        value = _tree.where(zero & converged, _tree.zeros_like(value), value)
         known = {
             "residual": sol.stats.get("residual"),
             "num_products": sol.stats.get("num_products"),

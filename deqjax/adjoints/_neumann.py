@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_beta, check_count
+from .._checks import check_beta, check_count, plain, whole
 from .._types import Reals
 from ..linear._base import widened
 from ..linear._neumann import add, series
@@ -94,8 +94,8 @@ class NeumannAdjoint(optx.AbstractAdjoint):
         models, doi:10.48550/arXiv.2111.05177.
     """
 
-    num_terms: int = eqx.field(default=5, static=True)
-    beta: float | Array = 1.0
+    num_terms: int = eqx.field(default=5, static=True, converter=whole)
+    beta: float | Array = eqx.field(default=1.0, converter=plain)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):

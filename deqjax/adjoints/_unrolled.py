@@ -6,7 +6,7 @@ import equinox as eqx
 import optimistix as optx
 from jaxtyping import PyTree
 
-from .._checks import check_count
+from .._checks import check_count, whole
 from .._upstream import Inputs
 from ..solvers._base import AbstractSolver
 from ._cotangents import constant
@@ -65,8 +65,10 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
         algorithm for unsteady adjoint calculation, doi:10.1137/080727890.
     """
 
-    checkpoints: int | None = eqx.field(default=None, static=True)
-    last: int | None = eqx.field(default=None, kw_only=True, static=True)
+    checkpoints: int | None = eqx.field(default=None, static=True, converter=whole)
+    last: int | None = eqx.field(
+        default=None, kw_only=True, static=True, converter=whole
+    )
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):

@@ -41,6 +41,9 @@ class System(eqx.Module):
         tol: on ‖b − A x‖.
         trivial: b is 0, or not finite: there is nothing to iterate.
         bad: b is not finite.
+        eps: the precision of the operator's dtype.
+        seed: in [0, 1), another one for every system.
+        measure: whether only a residual that was measured counts as convergence.
     """
 
     product: Linear
@@ -52,6 +55,24 @@ class System(eqx.Module):
     tol: Reals
     trivial: Flags
     bad: Flags
+    eps: float
+    seed: Reals
+    measure: bool
+
+    def part(self, residual: Reals, products: Array, exact: Flags) -> Reals:
+        """The c in (½, 1] of b − A(c x)/c, by which x is measured.
+
+        It is b − A x if A is linear and acts on each system alone. Rounding errors of
+        A, or a system that leaks into another one, do not scale along, so that a
+        correction cannot have removed them: c differs between systems and between
+        measurements. A first product, of a given start, takes c = 1. A c of 1 or ½
+        adds no rounding errors of its own, where those are known to matter.
+        """
+        mixed = self.seed + 0.5545 * products.astype(residual.dtype)
+        mixed = mixed + 613 * jnp.where(jnp.isfinite(residual), residual, 0)
+        mixed = jnp.mod(mixed, 1)
+        part = jnp.where(exact, jnp.where(mixed < 0.5, 1, 0.5), 1 - 0.5 * mixed)
+        return jnp.where(products > 0, part, 1)
 
 
 class Outcome(eqx.Module):
@@ -178,6 +199,9 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
             + jnp.asarray(self.atol, size.dtype) / unit,
             trivial=trivial,
             bad=bad,
+            eps=_precision(vector),
+            seed=_seed(unit * jnp.asarray(options.get("unit", 1), unit.dtype), size),
+            measure=bool(options.get("measure", True)),
         )
         final = self.iterate(system)
 
@@ -193,7 +217,7 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
             "max_steps": self.most_products,
         }
         if final.residual is not None:
-            residual = jnp.where(trivial, 0, final.residual)
+            residual = jnp.where(trivial & final.converged, 0, final.residual)
             residual = jnp.where(finite, residual, jnp.where(bad, jnp.nan, jnp.inf))
             stats["residual"] = residual * unit
             stats["relative_residual"] = residual / size
@@ -220,6 +244,18 @@ def widened(linear: Linear, structure: PyTree) -> Linear:
 
 def _widened(linear: lx.AbstractLinearOperator) -> Linear:
     return widened(linear.mv, linear.in_structure())
+
+
+def _precision(structure: PyTree) -> float:
+    """The coarsest relative spacing of the dtypes."""
+    leaves = jtu.tree_leaves(structure)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
+
+
+def _seed(unit: Reals, size: Reals) -> Reals:
+    """A number in [0, 1) per system, of its scale, its norm and its place."""
+    place = jnp.arange(size.size, dtype=size.dtype).reshape(size.shape)
+    return jnp.mod(0.618034 * jnp.log2(unit) + 0.754878 * place + size, 1)
 
 
 def _result(converged: Flags, final: Outcome, bad: Flags) -> lx.RESULTS:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_count
+from .._checks import check_count, plain, whole
 from .._upstream import unvmap_any
 from ._base import AbstractIterative, Outcome, System
 from ._basis import Rings, orthogonalise, read, write
@@ -34,21 +34,28 @@ class GMRES(AbstractIterative):
     | $b$ | right-hand side |
     | $r_0 = b - A x_0$ | residual of the start, x₀ = 0 unless given |
 
-    The norm ‖b − A x‖ is known after each product from the Givens rotations that keep
-    the Hessenberg matrix triangular, at no further product. Where x is so large that
-    the rounding errors of A x, of the order of ε ‖A‖ ‖x‖ for the precision ε, may be
-    above the tolerance, this is not believed: one more product computes the residual,
-    and only that one counts. A start with a larger residual than that of 0 is given up
-    for 0, and what is returned is never worse than 0 as far as rounding errors tell.
+    After each product the Givens rotations that keep the Hessenberg matrix triangular
+    give ‖b − A x‖, at no further product. They are right only if A is linear, acts on
+    each system alone and rounds little. So once they meet the tolerance, one more
+    product measures the residual, and only that one counts. If it is above the
+    tolerance, the iteration goes on from there, as long as every cycle halves it.
+    The last of `max_steps` products is kept for the measurement.
+
+    x is measured as b − A(c x)/c, with a c in (½, 1] that differs from system to system
+    and from one measurement to the next. Rounding errors of the operator's own, in half
+    precision for example, and systems that leak into one another do not scale with c.
+    Hence they show, even if a correction has removed them from b − A x.
+
+    A start with a larger residual than that of 0 is given up for 0, and what is
+    returned is never worse than 0 as far as it was measured.
 
     The basis is orthogonalised twice (classical Gram–Schmidt), in at least float32
-    around products of any dtype (whose own errors, where they are made in half
-    precision, are not counted). The right-hand side is scaled by a power of two per
+    around products of any dtype. The right-hand side is scaled by a power of two per
     problem, so that neither a tiny nor a huge b is lost (subnormal numbers count as 0);
     b = 0 gives x = 0 after no product.
 
-    **Cost:** one product per step, and one more per restart, and where the residual is
-    in doubt, for the true one. **Memory:** `restart` + 5 copies of b in at least
+    **Cost:** one product per step, and one more for each measurement: at the end, and
+    at every restart. **Memory:** `restart` + 5 copies of b in at least
     float32, and about 4 (`restart` + 1)² numbers per system.
 
     **Converges** for any nonsingular A once `restart` reaches the dimension; in
@@ -69,11 +76,13 @@ class GMRES(AbstractIterative):
 
     Returns:
         lineax.Solution: by `lineax.linear_solve`. `stats` has `num_products` (), and,
-            in the batch's shape, `residual` ‖b − A x‖₂ of the x returned (or its
-            rounding errors, where they are larger), `relative_residual` and
-            `converged`. In `options`, `y0` is the start and `preconditioner` a linear
-            operator M ≈ A⁻¹, applied from the right (so that the residual tested is
-            that of the given system).
+            in the batch's shape, `residual` ‖b − A x‖₂ of the x returned, as it was
+            measured, `relative_residual` and `converged`. In `options`, `y0` is the
+            start and `preconditioner` a linear operator M ≈ A⁻¹, applied from the
+            right (so that the residual tested is that of the given system).
+            `measure=False` spares the measurement unless rounding errors of the
+            arithmetic are in doubt, for callers that test what x leads to; `unit` is
+            what each b has been divided by.
 
     Raises:
         ValueError, TypeError: if an argument or an option is not valid, or A is not
@@ -91,11 +100,11 @@ class GMRES(AbstractIterative):
         for solving nonsymmetric linear systems, doi:10.1137/0907058.
     """
 
-    rtol: float | Array | None = None
-    atol: float | Array = 0.0
-    restart: int = eqx.field(default=30, kw_only=True)
-    max_steps: int | None = eqx.field(default=None, kw_only=True)
-    batch_ndim: int = eqx.field(default=0, kw_only=True)
+    rtol: float | Array | None = eqx.field(default=None, converter=plain)
+    atol: float | Array = eqx.field(default=0.0, converter=plain)
+    restart: int = eqx.field(default=30, kw_only=True, converter=whole)
+    max_steps: int | None = eqx.field(default=None, kw_only=True, converter=whole)
+    batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
     def __check_init__(self):
         check_count("restart", self.restart, 1)
@@ -111,24 +120,29 @@ class GMRES(AbstractIterative):
         cycles = Cycles(k)
         cycle = min(self.restart, max(_tree.size(system.b, k), 1))
         max_steps = self.most_products
+        # The last product measures what the others have led to.
+        most = max_steps - 1 if system.measure and max_steps > 1 else max_steps
 
         def go_on(val: _Carry) -> Array:
             carry, *_ = val
             pending = ~(carry.converged | carry.failed)
-            return unvmap_any(jnp.any(pending)) & (carry.products < max_steps)
+            # Once none but the last product is left, x is measured or nothing is.
+            room = (carry.products < most) | unvmap_any(jnp.any(carry.moved))
+            return unvmap_any(jnp.any(pending)) & room & (carry.products < max_steps)
 
         def body(val: _Carry) -> _Carry:
             carry, solution, basis = val
             opening, row = carry.krylov.index < 0, jnp.maximum(carry.krylov.index, 0)
             # One product per step: of the iterate at the start of a cycle, which gives
             # its residual, else of the newest basis vector.
+            part = system.part(carry.residual, carry.products, carry.exact)
             point = lax.cond(
                 opening,
-                lambda: solution,
+                lambda: _tree.scale(part, solution),
                 lambda: system.precondition(read(basis, row, solution, k)),
             )
             image = jtu.tree_map(
-                lambda x, y: jnp.where(opening, x - y, y),
+                lambda x, y: jnp.where(opening, x - y / _tree.expand(part, y), y),
                 system.b,
                 system.product(point),
             )
@@ -149,9 +163,7 @@ class GMRES(AbstractIterative):
             )
             index = carry.krylov.index
             pending = jnp.any(~(carry.converged | carry.failed))
-            last = (
-                (index >= cycle) | (carry.products >= max_steps) | ~unvmap_any(pending)
-            )
+            last = (index >= cycle) | (carry.products >= most) | ~unvmap_any(pending)
             carry, solution = lax.cond(
                 last,
                 ft.partial(cycles.close, system),

@@ -49,7 +49,11 @@ class Progress(eqx.Module):
         residual: ‖b − A x‖ of the x that would be returned.
         before: ‖r₀‖ of the last cycle.
         gain: the largest ‖A v‖ seen for a v of norm 1.
-        doubtful: the rounding errors of the last cycle may exceed what it left.
+        doubtful: rounding errors of the last cycle may exceed what it left, or it has
+            claimed to converge.
+        exact: those are of the arithmetic here, not of the operator's own.
+        moved: x is not the one whose residual was measured last.
+        broken: the last cycle broke down; nothing follows its measurement.
         products: made so far.
     """
 
@@ -58,6 +62,9 @@ class Progress(eqx.Module):
     before: Reals
     gain: Reals
     doubtful: Flags
+    exact: Flags
+    moved: Flags
+    broken: Flags
     converged: Flags
     failed: Flags
     stuck: Flags
@@ -95,6 +102,9 @@ class Cycles(eqx.Module):
             before=jnp.full_like(system.size, jnp.inf),
             gain=jnp.zeros_like(system.size),
             doubtful=jnp.zeros_like(trivial),
+            exact=jnp.zeros_like(trivial),
+            moved=jnp.zeros_like(trivial),
+            broken=jnp.zeros_like(trivial),
             converged=trivial & ~system.bad,
             failed=system.bad,
             stuck=jnp.zeros_like(trivial),
@@ -109,9 +119,14 @@ class Cycles(eqx.Module):
         """Begin a cycle from a residual of that size; the factor that makes it 1.
 
         An x with ‖b − A x‖ > ‖b‖, or not finite, is worse than 0, and given up for it:
-        the very start to go on from there, a later x as a failure.
+        the very start to go on from there, a later x as a failure. What had converged
+        is measured again: unless systems leak into one another, its residual has
+        changed by rounding errors alone.
         """
-        pending = ~(carry.converged | carry.failed)
+        kept = carry.converged & (size <= 2 * system.tol)
+        # There is nothing to iterate on where b is 0.
+        leaky = carry.converged & ~kept & system.trivial
+        pending = ~(kept | carry.failed | leaky)
         worse = pending & ~(size <= system.size)
         finite = jnp.isfinite(size)
         size = jnp.where(worse, system.size, size)
@@ -120,6 +135,7 @@ class Cycles(eqx.Module):
         least = jnp.where(carry.doubtful, _DOUBTFUL_STAGNATION, _STAGNATION)
         stuck = pending & finite & ~done & (size > least * carry.before)
         lost = stuck | (worse & ~done & (carry.products > 0))
+        lost = lost | (pending & carry.broken & ~done) | leaky
         live = pending & ~done & ~lost
         krylov = carry.krylov
         eye = jnp.eye(krylov.rotations.shape[-1], dtype=krylov.rotations.dtype)
@@ -133,11 +149,14 @@ class Cycles(eqx.Module):
         )
         carry = Progress(
             krylov=krylov,
-            residual=jnp.where(pending, size, carry.residual),
+            residual=jnp.where(pending | leaky, size, carry.residual),
             before=jnp.where(live, size, carry.before),
             gain=carry.gain,
             doubtful=carry.doubtful & ~pending,
-            converged=carry.converged | done,
+            exact=carry.exact,
+            moved=jnp.zeros_like(carry.moved),
+            broken=jnp.zeros_like(carry.broken),
+            converged=kept | done,
             failed=carry.failed | lost,
             stuck=carry.stuck | stuck,
             products=carry.products + 1,
@@ -179,7 +198,7 @@ class Cycles(eqx.Module):
         # Singular: nothing new to combine. Nearly so: the residual is small on paper,
         # for an x that is too large.
         weight = krylov.size * jnp.abs(upper_row[..., 0])
-        swamped = eps * gain * weight > _LOST * system.size * length
+        swamped = system.eps * gain * weight > _LOST * system.size * length
         useless = (length == 0) | swamped
         done = pending & finite & ~useless & (residual <= system.tol)
         # A v_j lies in the span of the basis: no further vector, and if the residual
@@ -203,6 +222,9 @@ class Cycles(eqx.Module):
             before=carry.before,
             gain=gain,
             doubtful=carry.doubtful,
+            exact=carry.exact,
+            moved=carry.moved,
+            broken=carry.broken,
             converged=carry.converged | done,
             failed=carry.failed | lost,
             stuck=carry.stuck,
@@ -220,13 +242,14 @@ class Cycles(eqx.Module):
     ) -> tuple[Progress, PyTree]:
         """End a cycle: x ← x + M V y with R y = Q ‖r₀‖ e₁.
 
-        Where the rounding errors of A x may exceed the tolerance, or be most of what
-        the recurrence says is left, it does not count: another cycle begins with the
-        true residual. They are of the order of ε ‖A‖ ‖x‖ for the whole of x, however
-        small the part of it that this cycle has added.
+        What the recurrence says does not count as convergence: another cycle begins,
+        with the true residual. (If only a residual in doubt is to be measured: where
+        the rounding errors of A x may exceed the tolerance, or be most of what is left.
+        They are of the order of ε ‖A‖ ‖x‖ for the whole of x, however small the part
+        of it that this cycle has added.)
         """
         krylov, tol, k = carry.krylov, system.tol, self.batch_ndim
-        rounding = jnp.finfo(tol.dtype).eps * carry.gain
+        rounding = system.eps * carry.gain
         y, residual, trusted = _combination(krylov, rounding, tol)
         step = system.precondition(combine(basis, y, solution, k))
         moved = krylov.used > 0
@@ -244,12 +267,18 @@ class Cycles(eqx.Module):
         error = rounding * jnp.maximum(whole, length)
         trusted = trusted & (error <= jnp.maximum(tol, _LOST * residual))
         doubtful = moved & ~trusted
+        exact = doubtful & (system.eps <= jnp.finfo(tol.dtype).eps)
+        claimed = moved & carry.converged if system.measure else doubtful
+        broken = moved & carry.failed & ~doubtful & system.measure
         # What the recurrence says, unless it is less than can be known.
         residual = jnp.maximum(residual, error)
         carry = eqx.tree_at(
             lambda c: (
                 c.residual,
                 c.doubtful,
+                c.exact,
+                c.moved,
+                c.broken,
                 c.converged,
                 c.failed,
                 c.krylov.index,
@@ -258,9 +287,12 @@ class Cycles(eqx.Module):
             carry,
             (
                 jnp.where(moved, residual, carry.residual),
-                carry.doubtful | doubtful,
-                carry.converged & ~doubtful,
-                carry.failed & ~doubtful,
+                carry.doubtful | doubtful | claimed,
+                jnp.where(moved, exact, carry.exact),
+                carry.moved | moved,
+                broken,
+                carry.converged & ~(doubtful | claimed),
+                carry.failed & ~(doubtful | broken),
                 jnp.full_like(krylov.index, -1),
                 jnp.zeros_like(krylov.used),
             ),

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._checks import check_count as check_count
+from .._checks import check_count as check_count, plain, whole
 
 # Whatever it is: `check_images` looks at it, and says more than a type checker.
 Images: TypeAlias = Any
@@ -23,8 +23,9 @@ def check_sizes(**sizes: Any) -> None:
 def check_list(name: str, sizes: Any, least: int = 1) -> tuple[int, ...]:
     """`sizes` as a tuple of at least `least` positive integers."""
     sizes = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-    if len(sizes) < least or not whole or min(sizes) < 1:
+    sizes = tuple(whole(n) for n in sizes)
+    counts = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+    if len(sizes) < least or not counts or min(sizes) < 1:
         raise ValueError(
             f"`{name}` must hold at least {least} positive integers; got {sizes}."
         )
@@ -33,6 +34,7 @@ def check_list(name: str, sizes: Any, least: int = 1) -> tuple[int, ...]:
 
 def check_positive(name: str, value: Any, why: str = "") -> None:
     """Raise unless `value` is a positive, finite number."""
+    value = plain(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (math.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` must be a positive number; got {value!r}.{why}")
@@ -40,6 +42,7 @@ def check_positive(name: str, value: Any, why: str = "") -> None:
 
 def check_rate(name: str, rate: Any) -> None:
     """Raise unless a dropout rate lies in [0, 1)."""
+    rate = plain(rate)
     if isinstance(rate, bool) or not (isinstance(rate, int | float) and 0 <= rate < 1):
         raise ValueError(f"`{name}` must satisfy 0 ≤ {name} < 1; got {rate!r}.")
 

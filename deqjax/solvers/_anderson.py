@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .. import _tree
+from .._checks import plain, whole
 from .._types import Aux, Counts, Flags, Reals, Tolerance, Y
 from ._accelerated import AbstractAccelerated
 from ._base import check_beta, check_count
@@ -93,13 +94,13 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         doi:10.1137/10078356X.
     """
 
-    rtol: Tolerance = 1e-4
-    atol: Tolerance = 1e-6
-    history: int = field(default=5, kw_only=True)
-    beta: float | Array = field(default=1.0, kw_only=True)
+    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
+    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
+    history: int = eqx.field(default=5, kw_only=True, converter=whole)
+    beta: float | Array = eqx.field(default=1.0, kw_only=True, converter=plain)
     ridge: float | Array | None = field(default=None, kw_only=True)
-    min_steps: int = field(default=0, kw_only=True)
-    batch_ndim: int = field(default=0, kw_only=True)
+    min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
+    batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
     def __check_init__(self):
         check_count("history", self.history, 1)

@@ -1,13 +1,12 @@
 """Broyden's good method with limited memory."""
 
-from dataclasses import field
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .. import _tree
+from .._checks import plain, whole
 from .._types import Aux, Counts, Flags, Reals, Tolerance, Y
 from ._accelerated import AbstractAccelerated, AcceleratedState
 from ._base import check_count
@@ -96,11 +95,11 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         section 7.3, doi:10.1137/1.9781611970944.
     """
 
-    rtol: Tolerance = 1e-4
-    atol: Tolerance = 1e-6
-    history: int = field(default=10, kw_only=True)
-    min_steps: int = field(default=0, kw_only=True)
-    batch_ndim: int = field(default=0, kw_only=True)
+    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
+    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
+    history: int = eqx.field(default=10, kw_only=True, converter=whole)
+    min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
+    batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
     def __check_init__(self):
         check_count("history", self.history, 1)

@@ -13,6 +13,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._checks import plain, whole
 from .._types import Args, Aux, Counts, Flags, Map, Options, Reals, Tolerance, Y
 from .._upstream import nondifferentiable
 from ..linear import GMRES
@@ -131,11 +132,11 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         of approaches and applications, doi:10.1016/j.jcp.2003.08.010.
     """
 
-    rtol: Tolerance = 1e-4
-    atol: Tolerance = 1e-6
+    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
+    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
     linear_solver: lx.AbstractLinearSolver | None = field(default=None, kw_only=True)
-    min_steps: int = field(default=0, kw_only=True)
-    batch_ndim: int = field(default=0, kw_only=True)
+    min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
+    batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
     def __check_init__(self):
         linear = self.linear_solver
@@ -262,8 +263,14 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         # Scaled per problem: linear solvers take a small right-hand side for 0.
         unit = _tree.magnitude(residual, k)
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: residual))
+        # What the direction is worth shows in f itself.
+        options = {"measure": False} if isinstance(solver, GMRES) else {}
         sol = lx.linear_solve(
-            operator, _tree.scale(1 / unit, residual), solver, throw=False
+            operator,
+            _tree.scale(1 / unit, residual),
+            solver,
+            options=options,
+            throw=False,
         )
         direction = _tree.scale(unit, sol.value)
         linear = jnp.asarray(sol.stats.get("relative_residual", jnp.zeros_like(unit)))

@@ -1,6 +1,5 @@
 """Picard iteration: repeated, optionally damped, application of the map."""
 
-from dataclasses import field
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._checks import plain, whole
 from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from ._base import AbstractSolver, Progress, check_beta, statistics, within_budget
@@ -72,11 +72,11 @@ class Picard(AbstractSolver[Y, Aux, Any]):
         application aux équations intégrales, doi:10.4064/fm-3-1-133-181.
     """
 
-    rtol: Tolerance = 1e-4
-    atol: Tolerance = 1e-6
-    beta: float | Array = field(default=1.0, kw_only=True)
-    min_steps: int = field(default=0, kw_only=True)
-    batch_ndim: int = field(default=0, kw_only=True)
+    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
+    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
+    beta: float | Array = eqx.field(default=1.0, kw_only=True, converter=plain)
+    min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
+    batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
     def __check_init__(self):
         check_beta(self.beta, below=2.0)

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import canonical_weights, fit_weights, refuse_retired
+from .._checks import canonical_weights, fit_weights, plain, refuse_retired, whole
 from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from .._upstream import unvmap_any
@@ -114,11 +114,11 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         doi:10.48550/arXiv.2509.12917.
     """
 
-    rtol: Tolerance = 1e-4
-    atol: Tolerance = 1e-6
+    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
+    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
     beta: PyTree = field(default=0.5, kw_only=True)
-    min_steps: int = field(default=0, kw_only=True)
-    batch_ndim: int = field(default=0, kw_only=True)
+    min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
+    batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
     known_options: ClassVar[frozenset[str]] = AbstractSolver.known_options | {
         *("beta", "companion")
@@ -126,12 +126,12 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
 
     def __init__(
         self,
-        rtol: Tolerance = 1e-4,
-        atol: Tolerance = 1e-6,
+        rtol: Any = 1e-4,
+        atol: Any = 1e-6,
         *,
         beta: PyTree = 0.5,
-        min_steps: int = 0,
-        batch_ndim: int = 0,
+        min_steps: Any = 0,
+        batch_ndim: Any = 0,
         **retired: Any,
     ):
         refuse_retired(retired, _RETIRED)
