@@ -20,7 +20,6 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._types import Flags, Reals
-from ._upstream import unvmap_any
 
 
 def wide(dtype: Any) -> Any:
@@ -85,35 +84,8 @@ def dot(x: PyTree, y: PyTree, batch_ndim: int = 0) -> Reals:
 
 
 def norm(x: PyTree, batch_ndim: int = 0) -> Reals:
-    """‖x‖₂ per problem, over the whole range of the dtype (subnormals count as 0).
-
-    Not to be differentiated: its derivative at 0 is NaN.
-    """
-    return norms([x], batch_ndim)[0]
-
-
-def norms(xs: list[PyTree], batch_ndim: int = 0) -> list[Reals]:
-    """The norms of several trees, for one test of whether their squares are numbers."""
-    squares = [dot(x, x, batch_ndim) for x in xs]
-    plain, lost = [jnp.sqrt(s) for s in squares], []
-    for s in squares:
-        info = jnp.finfo(s.dtype)
-        # Above, what has been lost of the smallest entries is less than rounding.
-        least = float(info.tiny) / float(info.eps) ** 2
-        lost.append(lax.stop_gradient(~((s >= least) & jnp.isfinite(s))))
-
-    def scaled() -> list[Reals]:
-        out = []
-        for x, n, gone in zip(xs, plain, lost, strict=True):
-            unit = magnitude(x, batch_ndim)
-            unscaled = scale(1 / unit, x)
-            length = unit * jnp.sqrt(dot(unscaled, unscaled, batch_ndim))
-            out.append(jnp.where(gone, length, n))
-        return out
-
-    any_lost = ft.reduce(operator.or_, [jnp.any(gone) for gone in lost])
-    # Almost never: then this is no further pass over x.
-    return lax.cond(unvmap_any(any_lost), scaled, lambda: plain)
+    """‖x‖₂ per problem. Not to be differentiated: its derivative at 0 is NaN."""
+    return jnp.sqrt(dot(x, x, batch_ndim))
 
 
 def size(x: PyTree, batch_ndim: int = 0) -> int:
@@ -171,11 +143,7 @@ def magnitude(x: PyTree, batch_ndim: int = 0) -> Reals:
     1 where the largest entry is 0 or not finite. Scaling by it and back loses no digit.
     Its reciprocal is a normal number: XLA flushes others to 0, and divides by them.
     """
-    return power_of_two(max_abs(x, batch_ndim))
-
-
-def power_of_two(size: Reals) -> Reals:
-    """The same for what is of this size."""
+    size = max_abs(x, batch_ndim)
     info = jnp.finfo(size.dtype)
     sound = (size >= info.tiny) & jnp.isfinite(size)
     exponent = jnp.frexp(jnp.where(sound, size, 2))[1] - 2

@@ -70,12 +70,8 @@ class AbstractAccelerated(
         age: Counts,
         damping: Reals,
         active: Flags,
-        unit: Reals,
     ) -> tuple[Y, Memory]:
         """The next iterate from f = fn(y), and the memory with this evaluation in it.
-
-        `unit` is a power of two of about the size of f − y: squares of what has not
-        been divided by it may be beyond the range of the dtype.
 
         `age` sound evaluations in a row came before this one; where it is negative
         this one is not sound, and must not be remembered. Problems that are not active
@@ -120,9 +116,8 @@ class AbstractAccelerated(
         progress = self.observe(state.progress, before, y, y, f, aux, recovers=recovers)
         sound = self._sound(progress)
         age = jnp.where(sound, age, -1)
-        unit = _tree.power_of_two(progress.last_residual)
         proposal, memory = _tree.lenient(self.propose)(
-            y, f, state.memory, state.index, age, damping, before, unit
+            y, f, state.memory, state.index, age, damping, before
         )
         y = self._choose(progress.active(options), sound, proposal, y, progress.value)
         # A new best iterate makes good one setback.

@@ -19,16 +19,14 @@ class _Memory(eqx.Module):
     """The last m + 1 evaluations, in rings.
 
     Attributes:
-        residuals: rows r = f(z) − z, each divided by its unit.
+        residuals: rows r = f(z) − z.
         targets: rows u = z + β r.
-        gram: inner products of the rows of `residuals`.
-        units: powers of two of about the size of r.
+        gram: inner products of the residuals.
     """
 
     residuals: PyTree
     targets: PyTree
     gram: Float[Array, "*batch rows rows"]
-    units: Float[Array, "*batch rows"]
 
 
 class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
@@ -116,7 +114,7 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         rows = _tree.ring(y, length, k)
         zero = jnp.zeros_like(_tree.norm(y, k))[..., None, None]
         gram = jnp.broadcast_to(zero, (*zero.shape[:k], length, length))
-        return _Memory(rows, rows, gram, gram[..., 0] + 1)
+        return _Memory(rows, rows, gram)
 
     def propose(
         self,
@@ -127,7 +125,6 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         age: Counts,
         damping: Reals,
         active: Flags,
-        unit: Reals,
     ) -> tuple[Y, _Memory]:
         k, length = self.batch_ndim, self.history + 1
         slots, slot = jnp.arange(length, dtype=index.dtype), index % length
@@ -138,8 +135,7 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
             w = _tree.expand(weight, y).astype(f.dtype)
             return jnp.where(w == 1, f, y + w * (f - y))
 
-        r = _tree.scale(1 / unit, _tree.subtract(f, y))
-        units = jnp.where(here, unit[..., None], memory.units)
+        r = _tree.subtract(f, y)
         residuals = _tree.enter(memory.residuals, r, slot, k)
         u = jtu.tree_map(target, y, f)
         targets = _tree.enter(memory.targets, u, slot, k)
@@ -148,18 +144,14 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
         gram = jnp.where(here, new[..., :, None], gram)
         back = slot - slots
         back = jnp.where(back < 0, back + length, back)
-        alpha = _weights(gram, units, back <= age[..., None], self.ridge)
+        alpha = _weights(gram, back <= age[..., None], self.ridge)
         mix = _tree.combine(alpha, targets, y, k)
         z = jtu.tree_map(lambda z, y: z.astype(y.dtype), mix, y)
-        return z, _Memory(residuals, targets, gram, units)
+        return z, _Memory(residuals, targets, gram)
 
 
-def _weights(
-    gram: Array, units: Array, valid: Array, ridge: Array | float | None
-) -> Array:
+def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
     """The mixing weights α, 0 where not `valid`, from the Gram matrix G of residuals.
-
-    What is given is D⁻¹ G D⁻¹ and the diagonal of D.
 
     Gauss–Jordan elimination of the bordered system
 
@@ -173,11 +165,6 @@ def _weights(
     if ridge is None:
         ridge = 10 * float(jnp.finfo(gram.dtype).eps)
     diagonal = jnp.eye(size, dtype=bool)
-    # G itself, divided by the square of the largest unit.
-    units = jnp.where(valid, units, 0)
-    largest = jnp.max(units, -1, keepdims=True)
-    ratio = units / jnp.where(largest > 0, largest, 1)
-    gram = gram * ratio[..., :, None] * ratio[..., None, :]
     square = jnp.sum(jnp.where(diagonal, gram, 0), -1)
     valid = valid & jnp.isfinite(square)
     largest = jnp.max(jnp.where(valid, square, 0), -1, keepdims=True)

@@ -170,11 +170,16 @@ class AbstractSolver(
         return self.rtol is None
 
     def passes(self, residual: Reals, norm: Reals) -> Flags:
-        """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true)."""
+        """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true).
+
+        Squares of numbers around 1e-19 in float32 are lost, and a residual of 0 may be
+        one of that size. So a tolerance below what norms resolve is never met.
+        """
         if self.rtol is None or self.atol is None:
             return jnp.zeros_like(norm, dtype=bool)
         tol = self.atol + self.rtol * norm
-        return (residual <= tol) & jnp.isfinite(norm)
+        resolved = 2.0**10 * math.sqrt(float(jnp.finfo(norm.dtype).tiny))
+        return (jnp.maximum(residual, resolved) <= tol) & jnp.isfinite(norm)
 
     def observe(
         self,
@@ -196,8 +201,8 @@ class AbstractSolver(
         if isinstance(aux, Measured):
             residual, norm = lax.stop_gradient((aux.residual, aux.norm))
         else:
-            both = [_tree.subtract(f, z), f]
-            residual, norm = _tree.norms(both, self.batch_ndim)
+            residual = _tree.norm(_tree.subtract(f, z), self.batch_ndim)
+            norm = _tree.norm(f, self.batch_ndim)
         finite = jnp.isfinite(residual) & jnp.isfinite(norm)
         first = progress.num_steps == 0
         converged = self.passes(residual, norm) & (progress.num_steps >= self.min_steps)

@@ -16,11 +16,9 @@ class _Memory(eqx.Module):
     """The last m steps s = zₖ₊₁ − zₖ, in a ring, and the update formula multiplied out.
 
     Attributes:
-        step: the step that led to the iterate, divided by its unit.
-        steps: the ring of steps, each divided by its unit.
-        squares: ‖·‖² of its rows.
-        unit: of `step`, a power of two of about its size.
-        units: of the rows.
+        step: the step that led to the iterate.
+        steps: the ring of steps.
+        squares: ‖s‖² of its rows.
         chain: row t is the weight of step t in B⁻¹ v, as a function of ⟨sᵢ, v⟩ / ‖sᵢ‖²
             for the steps i of the ring.
         scale: σ of B₀ = I / σ.
@@ -29,8 +27,6 @@ class _Memory(eqx.Module):
     step: PyTree
     steps: PyTree
     squares: Float[Array, "*batch m"]
-    unit: Reals
-    units: Float[Array, "*batch m"]
     chain: Float[Array, "*batch m m"]
     scale: Reals
 
@@ -111,8 +107,7 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
             zero.reshape(zero.shape + (1,) * len(shape)), (*zero.shape, *shape)
         )
         rows = _tree.ring(y, m, k)
-        one, still = zero + 1, _tree.zeros_like(y)
-        return _Memory(still, rows, full(m), one, full(m) + 1, full(m, m), one)
+        return _Memory(_tree.zeros_like(y), rows, full(m), full(m, m), zero + 1)
 
     def propose(
         self,
@@ -123,7 +118,6 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         age: Counts,
         damping: Reals,
         active: Flags,
-        unit: Reals,
     ) -> tuple[Y, _Memory]:
         k, m = self.batch_ndim, self.history
         slots, slot = jnp.arange(m, dtype=index.dtype), index % m
@@ -133,28 +127,23 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         valid = jnp.where(back < 0, back + m, back) < age[..., None]
         sigma = jnp.where(age > 0, memory.scale, damping)
 
-        r = _tree.scale(1 / unit, _tree.subtract(f, y))
+        r = _tree.subtract(f, y)
         steps = _tree.enter(memory.steps, memory.step, slot, k, active)
         with_step = jnp.where(valid, _tree.dots(steps, memory.step, k), 0)
         with_residual = jnp.where(valid, _tree.dots(steps, r, k), 0)
         square = jnp.sum(jnp.where(here, with_step, 0), -1, keepdims=True)
         squares = jnp.where(here, square, memory.squares)
-        units = jnp.where(here, memory.unit[..., None], memory.units)
 
         # σ r goes through the factors, the oldest first. The weight of step t is what
         # factor t − 1 met: ⟨sₜ₋₁, ·⟩ / ‖sₜ₋₁‖² of what the older ones had made of it.
         # The newest step overwrites the oldest, and has no weight yet: its factor is
         # the one that makes the next step, which stands on both sides there.
         chain = jnp.where(next_[:, None] | here, 0, memory.chain)
-        ratio = lambda unit: jnp.where(valid, units / unit[..., None], 1)
-        along = with_step * _inverse(square) * ratio(memory.unit)
-        ahead = along[..., None] * chain
+        ahead = (with_step * _inverse(square))[..., None] * chain
         newest = here.astype(chain.dtype) + jnp.sum(ahead, -2)
         newest = jnp.where((age > 0)[..., None] & jnp.isfinite(newest), newest, 0)
-        # In units of r, as the step that is made of it.
-        to = ratio(unit)
-        b = sigma[..., None] * with_residual * _inverse(squares) / to
-        weights = jnp.sum(chain * b[..., None, :], -1) * to
+        b = sigma[..., None] * with_residual * _inverse(squares)
+        weights = jnp.sum(chain * b[..., None, :], -1)
         gap = 1 - jnp.sum(newest * b, -1)
         gap = jnp.where(jnp.abs(gap) > 10 * float(jnp.finfo(gap.dtype).eps), gap, 1)
 
@@ -163,13 +152,12 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
             return jnp.where(jnp.isfinite(s), s, 0).astype(y.dtype)
 
         step = jtu.tree_map(leaf, r, _tree.combine(weights, steps, y, k), y)
-        z = jtu.tree_map(jnp.add, y, _tree.scale(unit, step))
+        z = jtu.tree_map(jnp.add, y, step)
         chain = jnp.where(next_[:, None], newest[..., None, :], chain)
         # What has ended keeps its estimate; the ring has kept its steps.
-        new = _Memory(step, steps, squares, unit, units, chain, sigma)
-        held = lambda m: (m.step, m.squares, m.unit, m.units, m.chain, m.scale)
-        kept = _tree.where(active, held(new), held(memory))
-        return z, eqx.tree_at(held, new, kept)
+        old = (memory.step, memory.squares, memory.chain, memory.scale)
+        kept = _tree.where(active, (step, squares, chain, sigma), old)
+        return z, _Memory(kept[0], steps, *kept[1:])
 
     @_tree.lenient
     def estimate(
@@ -189,19 +177,15 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
 
         inner = _tree.dots(memory.steps, v, k)
         scale = memory.scale[..., None] * _inverse(memory.squares)
-        # For steps that are divided by their units. The row of the next slot is already
-        # that of the newest step, its column still that of the oldest.
-        rows = jnp.where(next_, memory.unit[..., None], memory.units)
-        chain = memory.chain * (rows[..., :, None] / memory.units[..., None, :])
         # The step made last is in no slot yet; the next one is to be its own.
         if transposed:
             newest = _tree.dot(memory.step, v, k)[..., None]
             inner = jnp.where(next_, newest, inner)
-            weights = jnp.sum(chain * inner[..., :, None], -2)
+            weights = jnp.sum(memory.chain * inner[..., :, None], -2)
             weights, last = jnp.where(valid, scale * weights, 0), None
         else:
             b = jnp.where(valid, scale * inner, 0)
-            weights = jnp.sum(chain * b[..., None, :], -1)
+            weights = jnp.sum(memory.chain * b[..., None, :], -1)
             last = jnp.sum(jnp.where(next_, weights, 0), -1)
             weights = jnp.where(next_, 0, weights)
 

@@ -260,8 +260,9 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
             solver = eqx.tree_at(
                 lambda s: s.rtol, solver, forcing, is_leaf=lambda x: x is None
             )
-        # Scaled per problem: linear solvers take a small right-hand side for 0.
-        unit = _tree.magnitude(residual, k)
+        # Scaled to 1 per problem: linear solvers take a small right-hand side for 0.
+        unit = _tree.max_abs(residual, k)
+        unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: residual))
         # What the direction is worth shows in f itself.
         options = {"measure": False} if isinstance(solver, GMRES) else {}
