@@ -1,5 +1,6 @@
 """Small problems, and references for them that share no code with deqjax."""
 
+import contextlib
 import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -297,6 +298,22 @@ def identical(got: Any, want: Any) -> bool:
 
 
 # --- counting -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts what XLA compiles."""
+    seen = []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class Counter:

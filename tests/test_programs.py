@@ -1,6 +1,5 @@
 """Calls without an outer `jax.jit`: what they see, and what they cost."""
 
-import contextlib
 import dataclasses
 import gc
 
@@ -14,6 +13,7 @@ import deqjax
 from deqjax._content import Incomparable, content
 from deqjax._fixed_point import PROGRAMS
 from deqjax._programs import Programs, with_inputs_for
+from tests import helpers
 from tests.helpers import identical
 
 # Solves z = w (z + a), z* = w a / (1 − w), whose derivative by a is w / (1 − w).
@@ -29,22 +29,6 @@ def solve(fn, a=1.0):
 value = solve
 slope = lambda fn: jax.grad(lambda a: solve(fn, a))(1.0)
 by = pytest.mark.parametrize("run", [value, slope])
-
-
-@contextlib.contextmanager
-def compilations():
-    """Counts what XLA compiles."""
-    seen = []
-
-    def listen(event, *_, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # --- what a call sees -----------------------------------------------------------------
@@ -190,7 +174,7 @@ def test_the_map_is_what_it_is_at_the_call(kind, w, run):
 def test_where_arrays_alone_changed_nothing_is_compiled(kind, run):
     first, second = kind(lambda x: jnp.asarray(x)), kind(lambda x: jnp.asarray(x))
     jax.block_until_ready([run(fn) for fn in first])
-    with compilations() as compiled:
+    with helpers.compilations() as compiled:
         jax.block_until_ready([run(fn) for fn in second])
     assert not compiled
 
@@ -201,7 +185,7 @@ def test_numbers_that_change_are_compiled_twice():
     for w in (0.5, 0.6):
         layer.w = w
         jax.block_until_ready(solve(layer))
-    with compilations() as compiled:
+    with helpers.compilations() as compiled:
         for w in (0.7, 0.75, 0.5):
             layer.w = w
             got = float(solve(layer))
@@ -268,7 +252,7 @@ def test_aux_that_is_no_array_is_that_of_this_call():
         return sol.aux
 
     assert run("first")["name"] == "first"
-    with compilations() as compiled:
+    with helpers.compilations() as compiled:
         aux = run("second")
     assert aux["name"] == "second"
     assert aux["z"].shape == (2,)
@@ -302,7 +286,7 @@ def test_rules_are_those_of_this_call(kind):
 
     got = [run(1.0), run(jnp.asarray(2.0))]
     np.testing.assert_allclose(got, [1.0, 2.0], rtol=1e-4)
-    with compilations() as compiled:
+    with helpers.compilations() as compiled:
         run(1.0)
     assert not compiled
 
@@ -351,7 +335,7 @@ def test_callbacks_write_to_the_objects_of_this_call():
     assert run([]) == run([]) > 1
     into = []
     once = run(into)
-    with compilations() as compiled:
+    with helpers.compilations() as compiled:
         assert run(into) == 2 * once
     assert not compiled
 
@@ -444,6 +428,6 @@ def test_programs_that_are_not_used_are_forgotten():
     gc.collect()
     assert len(programs) == 3
     assert len(client.live_executables()) <= full
-    with compilations() as compiled:
+    with helpers.compilations() as compiled:
         run(11)
     assert not compiled

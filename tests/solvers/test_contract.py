@@ -205,17 +205,13 @@ def test_a_budget_limits_the_steps_without_another_compilation(name, steps):
 
 @solvers
 def test_budgets_of_python_integers_share_a_compilation(name):
-    p, traces = problem("tanh"), []
-
-    def fn(z, args):
-        traces.append(1)
-        return p.fn(z, args)
-
-    q = p._replace(fn=fn)
-    for n in (1, 2, 3):
-        sol = solve(q, SOLVERS[name](None, None), options={"step_budget": n})
-        assert int(sol.stats["num_steps"]) == n
-    assert len(traces) == 1
+    p, solver = problem("tanh"), SOLVERS[name](None, None)
+    run = lambda n: solve(p, solver, options={"step_budget": n})
+    assert int(run(1).stats["num_steps"]) == 1
+    with helpers.compilations() as compiled:
+        for n in (2, 3):
+            assert int(run(n).stats["num_steps"]) == n
+    assert not compiled
 
 
 @solvers
