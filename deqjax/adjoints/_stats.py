@@ -52,7 +52,7 @@ class BackwardStats(eqx.Module):
         ...         solver=deqjax.Picard()).value
         >>> g, stats = jax.grad(loss, argnums=(0, 1))(0.5, deqjax.BackwardStats())
         >>> float(stats.converged), float(stats.num_products)
-        (1.0, 1.0)
+        (1.0, 2.0)
     """
 
     residual: Float[Array, "*batch"]

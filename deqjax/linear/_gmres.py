@@ -93,7 +93,7 @@ class GMRES(AbstractIterative):
         >>> A = lx.MatrixLinearOperator(jnp.array([[2.0, 1.0], [0.0, 4.0]]))
         >>> sol = lx.linear_solve(A, jnp.array([3.0, 4.0]), deqjax.linear.GMRES())
         >>> [round(float(x), 4) for x in sol.value], int(sol.stats["num_products"])
-        ([1.0, 1.0], 2)
+        ([1.0, 1.0], 3)
 
     References:
         Y. Saad, M. H. Schultz (1986), GMRES: a generalized minimal residual algorithm
