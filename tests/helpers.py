@@ -300,9 +300,9 @@ def identical(got: Any, want: Any) -> bool:
 # --- counting -------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def compilations():
-    """Counts what XLA compiles."""
+@ft.cache
+def _compiled() -> list[str]:
+    """What XLA has compiled since this was called first; JAX forgets no listener."""
     seen = []
 
     def listen(event, *_, **__):
@@ -310,10 +310,15 @@ def compilations():
             seen.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    return seen
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list of what XLA compiles within, filled when it ends."""
+    before, found = len(_compiled()), []
+    yield found
+    found += _compiled()[before:]
 
 
 class Counter:
