@@ -155,7 +155,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
         )
         plan = _Plan(self.record_bits, self.on_drift, self.drift_tol)
         pair, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
-        return pair[1], tuple(detach(Extras(*extras), exact=pair[0]))
+        return pair[1], tuple(detach(Extras(*extras), named, exact=pair[0]))
 
 
 class _Theta(eqx.Module):
