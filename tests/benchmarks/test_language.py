@@ -123,6 +123,7 @@ def test_the_average_follows_the_parameters():
     np.testing.assert_allclose(state.ema.rest, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_precision_has_gradients_of_float32():
     config = Config(**{**preset_fields("tiny"), "dim": 8, "hidden": 8, "length": 8})
     model = make_model(config, 16)
@@ -260,16 +261,16 @@ def test_empty_text_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["revdeq", "deq", "explicit"])
 def test_a_run_learns_and_leaves_its_results(tmp_path, text, capsys, model):
-    more = ["--steps", "60", "--eval-every", "30", "--model", model]
+    more = ["--steps", "200", "--eval-every", "100", "--model", model]
     given = options(tmp_path, text, *more)
     assert program.main(given) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
     assert last == f"bits per byte: {results['bits_per_byte']:.4f}"
-    assert results["bits_per_byte"] < 6 < 8  # 8: uniform over bytes
+    assert results["bits_per_byte"] < 6  # of 8 for a uniform guess
     rows = training.read_metrics(out / "metrics.jsonl")
-    assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 61))
+    assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 201))
     assert (out / "figure.png").stat().st_size > 10_000
     # Again: refused without --resume, of another configuration refused with it.
     assert program.main(given) == 2

@@ -148,12 +148,16 @@ def _named_leaves(state: TrainState) -> dict[str, jax.Array]:
     pairs = jtu.tree_leaves_with_path(state)
     data = lambda x: jax.random.key_data(x) if _is_key(x) else x
     return {
-        jtu.keystr(path, simple=True, separator="."): data(leaf) for path, leaf in pairs
+        jtu.keystr(path, simple=True, separator="."): data(leaf)
+        for path, leaf in pairs
+        if leaf.size  # orbax refuses empty arrays, which hold nothing to save
     }
 
 
 def _from_named(found: dict[str, jax.Array], like: TrainState) -> TrainState:
     def fill(path: Any, leaf: jax.Array) -> PyTree:
+        if not leaf.size:
+            return leaf
         value = found[jtu.keystr(path, simple=True, separator=".")]
         if _is_key(leaf):
             return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
