@@ -227,7 +227,7 @@ def memory(adjoint, depth):
             lambda z, t: jnp.tanh(z @ t[0] + t[1]),
             batch,
             theta,
-            solver=deqjax.Picard(None, None, batch_ndim=1),
+            solver=fixed,
             adjoint=adjoint,
             max_steps=depth,
         ).value
@@ -237,7 +237,7 @@ def memory(adjoint, depth):
 
 
 state = 256 * n * 8
-sizes_at = [4, 16, 64]
+sizes_at = [4, 32, 256]
 sizes = {
     name: [memory(make(depth), depth) / state for depth in sizes_at]
     for name, make in {
@@ -262,6 +262,8 @@ axes[1].set(xlabel="steps N", ylabel="relative error", title="Gradient after N s
 for name, values in sizes.items():
     axes[2].loglog(sizes_at, values, ".-", label=name)
 axes[2].set(xlabel="steps N", ylabel="copies of z", title="Memory of the gradient")
+axes[2].set_xticks(sizes_at, sizes_at)
+axes[2].minorticks_off()
 for ax in axes:
     ax.legend(fontsize="small")
 plt.show()
@@ -269,7 +271,9 @@ plt.show()
 # %% [markdown]
 # The gradient of the unrolled steps lags a little behind $z_N$. The implicit one has an
 # error proportional to that of $z_N$, so that a better *solver*, such as Anderson's, is
-# all that it takes to improve the *gradient*. Its memory does not depend on $N$.
+# all that it takes to improve the *gradient*. Its memory does not depend on $N$. It is
+# not small: GMRES keeps a few dozen states. `deqjax.linear.GMRES(restart=10)` keeps
+# fewer, and `deqjax.linear.Neumann()` five.
 
 # %% [markdown]
 # ## Exercises
@@ -361,7 +365,7 @@ assert errors["implicit, Anderson"][4] < errors["implicit"][4]
 
 # Memory: that of the implicit gradient does not grow with the depth.
 assert max(sizes["implicit"]) < 1.1 * min(sizes["implicit"])
-assert sizes["unrolled, all kept"][-1] > 60
+assert sizes["unrolled, all kept"][-1] > 250
 
 # The exercises.
 assert affine_error < 1e-10

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pathlib
 import re
 
 import pytest
@@ -57,3 +58,73 @@ def test_the_check_sees_what_is_missing():
         b: nothing.
     """
     assert documented(inspect.cleandoc(text)) == {"a", "rest"}
+
+
+API = pathlib.Path(__file__).parents[1] / "docs" / "api"
+
+
+def places():
+    """The names that the pages of the reference document."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in API.glob("*.md"))
+    return set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_public_has_a_place_in_the_reference(package):
+    # `deqjax.Picard` documents `deqjax.solvers.Picard` too.
+    missing = [
+        name
+        for name, value in public(package)
+        if not {f"deqjax{package}.{name}", f"deqjax.{name}"} & places()
+        and inspect.getmodule(inspect.unwrap(value)).__name__.startswith("deqjax")
+    ]
+    assert not missing
+
+
+def test_the_reference_names_only_what_is_public():
+    known = {
+        f"deqjax{package}.{name}" for package in PACKAGES for name, _ in public(package)
+    }
+    assert places() <= known
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_public_says_what_it_is_and_what_it_raises(package):
+    silent = []
+    for name, value in public(package):
+        text = inspect.getdoc(value) or ""
+        first = text.split("\n\n")[0]
+        if not first.rstrip().endswith((".", ":")):
+            silent.append(f"{name}: no first sentence")
+        if refuses(value) and not re.search(r"^Raises:$", text, re.MULTILINE):
+            silent.append(f"{name}: no Raises")
+    assert not silent
+
+
+def refuses(value):
+    """Whether a function, or making an object of a class, raises by itself."""
+    if inspect.isclass(value):
+        made = [vars(value).get(m) for m in ("__init__", "__check_init__")]
+    else:
+        made = [value]
+    pattern = r"^\s+(?:raise [A-Z]|_?check_\w+\()"
+    return any(re.search(pattern, source(m), re.MULTILINE) for m in made)
+
+
+def source(function):
+    """The text of a function; "" of those that equinox writes, and of None."""
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return ""
+
+
+def test_refusals_are_seen():
+    def refusing(x):
+        raise ValueError(x)
+
+    def quiet(x):
+        return x
+
+    assert refuses(refusing)
+    assert not refuses(quiet)
