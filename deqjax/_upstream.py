@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from equinox.internal import (
     Static as Static,
     nondifferentiable as nondifferentiable,
+    nondifferentiable_backward as nondifferentiable_backward,
     unvmap_any as unvmap_any,
     unvmap_max as unvmap_max,
     while_loop as while_loop,

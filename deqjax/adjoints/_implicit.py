@@ -206,7 +206,7 @@ def apply_implicit(
     probe: BackwardStats | None,
 ) -> PyTree:
     value, extras = _implicit(primal_fn, rewrite_fn, inputs, inverse, probe)
-    return value, tuple(detach(extras, inputs))
+    return value, tuple(detach(extras))
 
 
 @eqx.filter_custom_jvp

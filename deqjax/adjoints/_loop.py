@@ -6,7 +6,7 @@ when every problem is done, whatever happens to a single one of them.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -23,13 +23,13 @@ from .._upstream import (
     Extras,
     Inputs,
     Static,
+    nondifferentiable_backward,
     unvmap_any,
     while_loop,
 )
 from ..solvers._base import AbstractSolver
 from ..solvers._foreign import Foreign
 from ..solvers._reversible import ReversibleState
-from ._underived import underived
 
 
 def solve(
@@ -229,27 +229,18 @@ def companion(extras: Extras) -> PyTree:
     return state.progress.value[0] if tested else state.companion
 
 
-class _Reported(NamedTuple):
-    """What has no derivative, by the names that it has in a solution."""
-
-    stats: Any
-    state: Any
-
-
-def detach(extras: Extras, inputs: Inputs, *, exact: PyTree = None) -> Extras:
+def detach(extras: Extras, *, exact: PyTree = None) -> Extras:
     """Refuse derivatives of everything that has none: all of the extras but aux.
 
     Args:
         extras: of a solve.
-        inputs: of the same solve.
         exact: the companion of the answer, where its derivative is that of the steps.
     """
-    named = _Reported(extras.stats, extras.dynamic_state)
-    stats, state = underived(named, inputs)
-    rest = extras._replace(stats=stats, dynamic_state=state)
     found = companion(extras)
-    if found is None:
-        return rest
-    if exact is None:
-        exact = underived(_Reported(None, {"companion": found}), inputs).state["companion"]
-    return eqx.tree_at(lambda e: e.dynamic_state.companion, rest, exact)
+    rest = jtu.tree_map(nondifferentiable_backward, extras._replace(aux=None))
+    if found is not None:
+        if exact is None:
+            exact = jtu.tree_map(nondifferentiable_backward, found)
+        where = lambda e: e.dynamic_state.companion
+        rest = eqx.tree_at(where, rest, exact)
+    return rest._replace(aux=extras.aux)

@@ -96,7 +96,7 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         theta = (named.fn, named.args, self.probe)
         rest, beta = constant((named._replace(fn=None, args=None), self.beta))
         value, extras = _phantom(theta, rest, self.num_steps, beta, primal_fn)
-        return value, tuple(detach(Extras(*extras), named))
+        return value, tuple(detach(Extras(*extras)))
 
 
 @eqx.filter_custom_vjp

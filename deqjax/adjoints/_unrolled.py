@@ -91,7 +91,7 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
             value, extras = truncated(
                 primal_fn, named, self.last, self.checkpoints, self.probe
             )
-            return value, tuple(detach(extras, named))
+            return value, tuple(detach(extras))
         loop = SolverLoop(named, "checkpointed", self.checkpoints)
         value, extras = solve(primal_fn, named, loop)
         if self.probe is not None:
@@ -105,7 +105,7 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
             out = reported(((value, aux), self.probe), constant(entries))
             value, aux = eqx.combine(out, fixed)
             extras = extras._replace(aux=aux)
-        return value, tuple(detach(extras, named, exact=companion(extras)))
+        return value, tuple(detach(extras, exact=companion(extras)))
 
 
 def _check_alone(inputs: Inputs) -> None:
