@@ -22,9 +22,10 @@ import deqjax
 from benchmarks.common import training
 from benchmarks.language import __main__ as program
 from benchmarks.language._config import Config, preset_fields
-from benchmarks.language._data import TrainBatches, load_corpus, valid_batches
+from benchmarks.language._data import TrainBatches, ValidWindows, load_corpus
 from benchmarks.language._errors import UsageError
 from benchmarks.language._models import make_model
+from benchmarks.language._tokens import ByteTokenizer, FileTokenizer, WordTokenizer
 from benchmarks.language._train import loss_fn
 
 ROOT = Path(program.__file__).resolve().parents[2]
@@ -204,29 +205,76 @@ def test_batches_are_windows_of_the_text_and_depend_on_the_step_alone():
 
 
 def test_every_validation_token_counts_once():
-    pairs = valid_batches(np.arange(31, dtype=np.uint8), 4, 10, most=99)
-    targets = np.concatenate([w[k > 0][:, 1:].ravel() for w, k in pairs])
-    assert sorted(targets) == list(range(1, 31))
+    tokens = ByteTokenizer().encode(bytes(range(100, 131)))
+    windows = ValidWindows(tokens, 4, 10, most=99)
+    targets = np.concatenate([w[k > 0][:, 1:].ravel() for w, k in windows.batches])
+    assert sorted(targets) == list(range(101, 131))
+    assert windows.size == 30
 
 
 @pytest.mark.slow
 def test_the_standard_library_is_split_by_files():
     corpus = load_corpus("stdlib", None, 128)
     assert corpus.vocab_size == 256
-    share = len(corpus.valid) / (len(corpus.train) + len(corpus.valid))
+    share = len(corpus.valid.ids) / (len(corpus.train) + len(corpus.valid.ids))
     assert 0.01 < share < 0.15
     again = load_corpus("stdlib", None, 128)
-    np.testing.assert_array_equal(corpus.valid, again.valid)
+    np.testing.assert_array_equal(corpus.valid.ids, again.valid.ids)
 
 
 def test_words_of_wikitext_are_sorted_by_frequency(tmp_path):
     (tmp_path / "wiki.train.tokens").write_text(" the cat <unk> the \n the dog \n")
     (tmp_path / "wiki.valid.tokens").write_text(" the bird \n the dog \n")
     corpus = load_corpus("wikitext-103", tmp_path, 2)
-    assert corpus.vocabulary == ["the", "<eos>", "<unk>", "cat", "dog"]
+    vocabulary = json.loads(corpus.files["vocabulary.json"])
+    assert vocabulary == ["the", "<eos>", "<unk>", "cat", "dog"]
+    assert corpus.vocab_size == 5
     assert corpus.train.tolist() == [0, 3, 2, 0, 1, 0, 4, 1]
-    assert corpus.valid.tolist() == [0, 2, 1, 0, 4, 1]
-    assert corpus.token_bytes.tolist() == [4, 1, 6, 4, 4]
+    assert corpus.valid.ids.tolist() == [0, 2, 1, 0, 4, 1]
+    assert corpus.valid.sizes.tolist() == [4, 5, 1, 4, 4, 1]
+    assert corpus.valid.words.tolist() == [1] * 6
+
+
+TEXT = "Ein Bär, zwei Bären.\n\n  und 中文 text\n"
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_bytes_count_the_words_of_a_text(lines):
+    tokens = ByteTokenizer(lines_are_words=lines).encode(TEXT.encode())
+    assert bytes(tokens.ids) == TEXT.encode()
+    assert tokens.words.sum() == len(TEXT.split()) + lines * TEXT.count("\n")
+
+
+def test_rare_words_become_unknown():
+    tokenizer = WordTokenizer(b"a a b c c <unk>\n", least=2)
+    assert tokenizer.vocabulary == ["<unk>", "a", "c", "<eos>"]
+    assert tokenizer.encode(b"a d\n").ids.tolist() == [1, 0, 3]
+
+
+def test_words_that_no_vocabulary_holds_are_refused():
+    with pytest.raises(UsageError, match="`d` occurs in the validation text"):
+        WordTokenizer(b"a b\n", least=1).encode(b"a d\n")
+    with pytest.raises(UsageError, match="no word occurs 3 times"):
+        WordTokenizer(b"a b\n", least=3)
+    with pytest.raises(UsageError, match="not UTF-8"):
+        WordTokenizer(b"\xff", least=1)
+
+
+def test_a_tokenizer_file_accounts_for_every_byte_and_word(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([TEXT] * 5, vocab_size=280)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer(tmp_path / "tokenizer.json", lines_are_words=True)
+    tokens = tokenizer.encode(TEXT.encode())
+    assert made.decode(tokens.ids.tolist()) == TEXT
+    assert tokens.sizes.sum() == len(TEXT.encode())
+    assert tokens.sizes.min() >= 0
+    assert tokens.words.sum() == len(TEXT.split()) + TEXT.count("\n")
+    assert len(tokens.ids) < len(TEXT.encode())
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"is no tokenizer\.json"):
+        FileTokenizer(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +284,9 @@ def test_words_of_wikitext_are_sorted_by_frequency(tmp_path):
         (["--data", "wikitext-103"], "--data-dir: missing"),
         (["--data", "wikitext-103", "--data-dir", "."], "wiki.train.tokens"),
         (["--length", "5000"], "fewer than the 5001"),
+        (["--tokens", "letters"], "--tokens: got 'letters'"),
+        (["--processes", "here"], "--processes: got 'here'"),
+        (["--processes", "localhost:1,2/2"], "the last one is number 1"),
         (["--mesh", "rows=2"], "--mesh: got 'rows=2'"),
         (["--mesh", "data=64"], "there are only"),
         (["--heads", "3"], "num_heads"),

@@ -15,15 +15,34 @@ class MetricsLog:
     `"train"`. A value that is not finite is written as null.
     """
 
-    def __init__(self, path: Path | str, *, resume_at: int | None = None):
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        resume_at: int | None = None,
+        events: Path | str | None = None,
+        is_writer: bool = True,
+    ):
         """Open the file.
 
         Args:
             path: of the file; it must not exist unless the run is resumed.
             resume_at: the step of the checkpoint from which the run continues. Lines of
                 later steps, and a line that was cut short, are removed.
+            events: a directory for TensorBoard's event files, which take the library
+                tensorboardX; None: there are none.
+            is_writer: False in the processes that leave writing to another one.
         """
         self.path = Path(path)
+        self._file = self._events = None
+        if not is_writer:
+            return
+        if events is not None:
+            from tensorboardX import SummaryWriter
+
+            # TensorBoard hides what an interrupted run wrote from this step on.
+            purge = None if resume_at is None else resume_at + 1
+            self._events = SummaryWriter(str(events), purge_step=purge)
         if resume_at is not None and self.path.exists():
             keep = [r for r in read_metrics(self.path) if r["step"] <= resume_at]
             write_atomically(self.path, "".join(map(_line, keep)))
@@ -32,15 +51,25 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Add a line; `flush` brings it to the disk."""
-        self._file.write(_line({"kind": kind, "step": step, **values}))
+        if self._file is not None:
+            self._file.write(_line({"kind": kind, "step": step, **values}))
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        self._file.flush()
+        if self._file is not None:
+            self._file.flush()
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
