@@ -103,7 +103,6 @@ class Placement:
 
         Each process holds the whole batch and uploads the rows of its own devices.
         """
-
         return jtu.tree_map(lambda x: _from_each_process(x, self.batch), batch)
 
     def check_batch(self, rows: int, accumulate: int = 1) -> None:

@@ -1,11 +1,15 @@
 """Metrics as JSON lines: one line per step, and one per evaluation."""
 
+import contextlib
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ._errors import TrainingError
 
 
 class MetricsLog:
@@ -50,32 +54,59 @@ class MetricsLog:
         self._file = self.path.open(mode, encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Add a line; `flush` brings it to the disk."""
+        """Add a line; `flush` brings it to the disk.
+
+        Raises:
+            TrainingError: if it cannot be written.
+        """
         if self._file is not None:
-            self._file.write(_line({"kind": kind, "step": step, **values}))
+            with self._reported():
+                self._file.write(_line({"kind": kind, "step": step, **values}))
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Hand everything to the operating system.
+
+        Raises:
+            TrainingError: if it cannot be written.
+        """
         if self._file is not None:
-            self._file.flush()
+            with self._reported():
+                self._file.flush()
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close.
+
+        Raises:
+            TrainingError: if the rest cannot be written.
+        """
         if self._file is not None:
-            self._file.close()
+            with self._reported():
+                self._file.close()
         if self._events is not None:
             self._events.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *_: object) -> None:
+        # A file that could not be written cannot be flushed either.
+        with contextlib.suppress(*([TrainingError] if kind is not None else [])):
+            self.close()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written ({error.strerror}); make room, then "
+                "--resume continues from the latest checkpoint"
+            ) from error
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
