@@ -94,19 +94,16 @@ class Placement:
 
     def put_state(self, tree: PyTree) -> PyTree:
         """The state, spread over the mesh."""
-        return jax.device_put(tree, self.of_state(tree))
+        if jax.process_count() == 1:
+            return jax.device_put(tree, self.of_state(tree))
+        return jtu.tree_map(_from_each_process, tree, self.of_state(tree))
 
     def put_batch(self, batch: PyTree) -> PyTree:
         """A batch of NumPy arrays, the first axis spread over the mesh.
 
         Each process holds the whole batch and uploads the rows of its own devices.
         """
-
-        def put(x: Any) -> jax.Array:
-            x = np.asarray(x)
-            return jax.make_array_from_callback(x.shape, self.batch, lambda i: x[i])
-
-        return jtu.tree_map(put, batch)
+        return jtu.tree_map(lambda x: _from_each_process(x, self.batch), batch)
 
     def check_batch(self, rows: int, accumulate: int = 1) -> None:
         """Refuse a batch whose parts the devices do not divide.
@@ -126,3 +123,13 @@ class Placement:
         if self.mesh.shape["fsdp"] == 1:
             return params
         return jax.lax.with_sharding_constraint(params, self.replicated)
+
+
+def _from_each_process(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds as a whole, as one over all their devices."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _from_each_process(jax.random.key_data(x), sharding)
+        wrap = lambda d: jax.random.wrap_key_data(d, impl=jax.random.key_impl(x))
+        return jax.jit(wrap, out_shardings=sharding)(data)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])

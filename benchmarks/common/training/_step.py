@@ -57,6 +57,7 @@ def make_step(
         return value, {"loss": value, **metrics}
 
     gradient = jax.grad(evaluate, has_aux=True)
+    optimiser = optax.with_extra_args_support(optimiser)
 
     def summed(
         params: PyTree, batch: PyTree, key: PRNGKeyArray
@@ -86,7 +87,9 @@ def make_step(
         params = state.params if placement is None else placement.gathered(state.params)
         grads, metrics = summed(params, batch, jr.fold_in(state.key, state.step))
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jtu.tree_leaves(grads)))
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimiser.update(
+            grads, state.opt_state, state.params, value=metrics["loss"]
+        )
         new = optax.apply_updates(state.params, updates)
         average = state.ema
         if average is not None and ema_decay is not None:
