@@ -1,6 +1,6 @@
 """The DEQ-Transformer language model."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,16 +9,33 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..solvers import Broyden
-from ._adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from ._checks import batched_solver, check_count, check_tokens
-from ._deq import DEQ
-from ._deq_transformer import Context, DEQTransformerBlock, normal_linear, sinusoids
-from ._dropout import VariationalDropout, split_key
-from ._tokens import Features, project
+from ..._types import Options
+from ...nn._adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from ...nn._checks import batched_solver, check_count, check_tokens
+from ...nn._deq import DEQ
+from ...nn._deq_transformer import (
+    Context,
+    DEQTransformerBlock,
+    normal_linear,
+    sinusoids,
+)
+from ...nn._dropout import VariationalDropout, split_key
+from ...nn._tokens import Features, project
+from ...solvers import Broyden
+from ._interface import AbstractLanguageModel
+
+_WIKITEXT103 = {
+    "vocab_size": 267735,
+    "dim": 700,
+    "num_heads": 10,
+    "hidden": 48000,
+    "memory_length": 150,
+    "cutoffs": (20000, 40000, 200000),
+    "dropout": 0.05,
+}
 
 
-class Memory(eqx.Module):
+class SegmentMemory(eqx.Module):
     """What a `DEQTransformerLM` keeps of the tokens before, without gradient.
 
     Attributes:
@@ -32,7 +49,7 @@ class Memory(eqx.Module):
     length: Int[Array, ""]
 
 
-class DEQTransformerLM(eqx.Module):
+class DEQTransformerLM(AbstractLanguageModel):
     r"""The DEQ-Transformer: a language model whose one layer is solved for z*.
 
     $$ u = W_u\, \mathrm{embed}(w) + b_u, \qquad z^* = f(z^*, u, \mathrm{memory}),
@@ -45,7 +62,27 @@ class DEQTransformerLM(eqx.Module):
     **Cost:** one evaluation of the block per step, and the softmax. **Memory:** that
     of solver and adjoint, and a second copy of the block's weights, normalised.
 
-    Differences from the authors' code: tied projections are one array, which PyTorch
+    The state that `solve` takes and returns is a `SegmentMemory`; without one there are no
+    tokens before. The logits are log-probabilities of the whole vocabulary: `nll` is
+    cheaper.
+
+    | configuration | parameters | |
+    |---|---|---|
+    | `wikitext103` | 97,691,888 | d = 700, 10 heads, hidden layer of 48,000, memory of 150 tokens, 267,735 words cut at 20,000, 40,000 and 200,000, at most 30 steps to 10⁻³ |
+    | `wikitext103_regularised` | 97,691,888 | the same with norms first, memory of 300 tokens, dropout of 0.06, of 0.01 for attention weights, and 14 steps |
+
+    The block has 69,753,000 of these. Published beside the first: sequences of 150,
+    Adam with 2.5e-4, warm-up of 16,000 and cosine over 300,000 steps, clipping at 0.25,
+    batches of 56, the first 32,000 steps unrolled at depth 2 (`deqjax.nn.Pretraining`);
+    beside the second: the Jacobian norm (`deqjax.regularise.jacobian_norm`) in 40% of
+    the updates, with a weight of 2 that grows by 0.1 every 30,000 steps, and step
+    limits drawn from 12 to 14 (`deqjax.nn.draw_options`).
+
+    **Which source:** DEQ-Sequence, the authors' code of 2019 to 2021, from which their
+    later TorchDEQ departs: with norms first, the residual of the MLP runs from the
+    normed state here, from the state there.
+
+    **Differences from the source:** tied projections are one array, which PyTorch
     has twice (`num_tied` parameters); states before the first token are masked out,
     theirs have no such; no horizon of 1,000 tokens, which these lengths do not reach;
     dropout of the embedding is drawn anew for each call, as theirs, but masks come from
@@ -80,8 +117,8 @@ class DEQTransformerLM(eqx.Module):
 
     Example:
         >>> import deqjax, jax.numpy as jnp, jax.random as jr
-        >>> lm = deqjax.nn.DEQTransformerLM(64, 8, 2, 16, cutoffs=(8,), key=jr.key(0))
-        >>> sol, memory = lm.solve(jnp.zeros((2, 5), int))
+        >>> lm = deqjax.models.DEQTransformerLM(64, 8, 2, 16, cutoffs=(8,), key=jr.key(0))
+        >>> sol, memory = lm.solve(jnp.zeros((2, 5), int), lm.empty_memory(2))
         >>> lm.nll(sol.value, jnp.ones((2, 5), int)).shape
         (2, 5)
 
@@ -90,7 +127,19 @@ class DEQTransformerLM(eqx.Module):
         doi:10.48550/arXiv.1909.01377.
         S. Bai, V. Koltun, J. Z. Kolter (2021), Stabilizing equilibrium models by
         Jacobian regularization, doi:10.48550/arXiv.2106.14342.
-    """
+    """  # noqa: E501 (a row of the table cannot be broken)
+
+    configurations: ClassVar = {
+        "wikitext103": _WIKITEXT103,
+        "wikitext103_regularised": {
+            **_WIKITEXT103,
+            "memory_length": 300,
+            "dropout": 0.06,
+            "attention_dropout": 0.01,
+            "pre_norm": True,
+            "max_steps": 14,
+        },
+    }
 
     embedding: AdaptiveEmbedding
     injection: eqx.nn.Linear
@@ -145,101 +194,25 @@ class DEQTransformerLM(eqx.Module):
         self.drop = VariationalDropout.tokens(dropout)
         self.memory_length = memory_length
 
-    @classmethod
-    def wikitext103(cls, *, key: PRNGKeyArray, **kwargs: Any) -> "DEQTransformerLM":
-        """The published configuration: 97,691,888 parameters, the block 69,753,000.
-
-        d = 700, 10 heads, hidden layer of 48,000, memory of 150 tokens, vocabulary of
-        267,735 words cut at 20,000, 40,000 and 200,000, at most 30 steps to 10⁻³.
-        Published beside it: sequences of 150, Adam with 2.5e-4, warm-up of 16,000 and
-        cosine over 300,000 steps, clipping at 0.25, batches of 56, the first 32,000
-        steps unrolled at depth 2 (`deqjax.nn.Pretraining`).
-
-        Args:
-            key: decides the initial parameters.
-            **kwargs: what shall differ, by the names of the constructor.
-        """
-        config: dict[str, Any] = {
-            "vocab_size": 267735,
-            "dim": 700,
-            "num_heads": 10,
-            "hidden": 48000,
-            "memory_length": 150,
-            "cutoffs": (20000, 40000, 200000),
-            "dropout": 0.05,
-        }
-        return cls(**{**config, **kwargs}, key=key)
-
-    @classmethod
-    def wikitext103_regularised(
-        cls, *, key: PRNGKeyArray, **kwargs: Any
-    ) -> "DEQTransformerLM":
-        """The pre-norm configuration that Jacobian regularisation makes stable.
-
-        As `wikitext103`, with norms first, memory of 300 tokens, dropout of 0.06, of
-        0.01 for attention weights, and 14 steps. Published beside it: the Jacobian norm
-        (`deqjax.regularise.jacobian_norm`) with weight 2 in 40% of the updates.
-
-        Args:
-            key: decides the initial parameters.
-            **kwargs: what shall differ, by the names of the constructor.
-        """
-        config: dict[str, Any] = {
-            "memory_length": 300,
-            "dropout": 0.06,
-            "attention_dropout": 0.01,
-            "pre_norm": True,
-            "max_steps": 14,
-        }
-        return cls.wikitext103(**{**config, **kwargs}, key=key)
-
     @property
     def num_tied(self) -> int:
         """Parameters that the authors' model counts twice: tied projections."""
         return sum(p.size for p in self.embedding.projections[1:])
 
-    def __call__(
+    def _solve(
         self,
-        tokens: Array,
+        inputs: Any,
+        state: Any,
         *,
-        memory: Memory | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "batch length vocab"]:
-        """The log-probabilities of the word that follows each position.
-
-        The whole vocabulary; for training, `solve` and `nll` are cheaper.
-
-        Args:
-            tokens: shape (batch, length).
-            memory: from the tokens before; None: there are none.
-            key: for dropout.
-        """
-        sol, _ = self.solve(tokens, memory=memory, key=key)
-        return self.log_probs(sol.value, key=key)
-
-    def solve(
-        self,
-        tokens: Array,
-        *,
-        memory: Memory | None = None,
-        z0: Features | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int | None = None,
-        throw: bool = False,
-        options: dict[str, Any] | None = None,
-    ) -> tuple[optx.Solution, Memory]:
-        """The equilibrium, and the memory for the tokens that follow.
-
-        Args:
-            tokens: shape (batch, length).
-            memory: from the tokens before; None: there are none.
-            key: for dropout; not needed at a rate of 0 or in inference mode.
-            z0: as of `deqjax.nn.DEQ.solve`, and so the others.
-            max_steps: see there.
-            throw: see there.
-            options: see there.
-        """
-        x, injection = self.context(tokens, memory, key=key)
+        z0: Features | None,
+        key: PRNGKeyArray | None,
+        max_steps: int | None,
+        throw: bool,
+        options: Options | None,
+    ) -> tuple[optx.Solution, SegmentMemory]:
+        # An `eqx.nn.State`, in which this model has nothing, is the beginning.
+        memory = None if isinstance(state, eqx.nn.State) else state
+        x, injection = self.context(inputs, memory, key=key)
         sol = self.deq.solve(
             x,
             z0=z0,
@@ -252,14 +225,16 @@ class DEQTransformerLM(eqx.Module):
             jnp.concatenate([old, new], axis=1)[:, new.shape[1] :]
         )
         size = x.memory.shape[1]
-        length = jnp.minimum(size, x.remembered + tokens.shape[1])
+        length = jnp.minimum(size, x.remembered + inputs.shape[1])
         old = x.injection[:, :size]
-        return sol, Memory(keep(x.memory, sol.value), keep(old, injection), length)
+        return sol, SegmentMemory(
+            keep(x.memory, sol.value), keep(old, injection), length
+        )
 
     def context(
         self,
         tokens: Array,
-        memory: Memory | None = None,
+        memory: SegmentMemory | None = None,
         *,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Context, Float[Array, "batch length inner"]]:
@@ -267,17 +242,18 @@ class DEQTransformerLM(eqx.Module):
 
         Args:
             tokens: see `solve`.
-            memory: see there.
-            key: see there.
+            memory: from the tokens before; None: there are none.
+            key: see `solve`.
         """
         check_tokens("tokens", tokens)
         batch, length = tokens.shape
         memory = self.empty_memory(batch) if memory is None else memory
         if memory.z.shape[:2] != (batch, self.memory_length):
             raise ValueError(
-                f"`memory` must be of batch {batch}, as `tokens`, and length "
+                f"`state` must be a memory of batch {batch}, as `tokens`, and length "
                 f"{self.memory_length}, the model's `memory_length`; got "
-                f"{memory.z.shape[:2]}. Start with `empty_memory`."
+                f"{memory.z.shape[:2]}. Leave it out at the "
+                "first segment, or start with `empty_memory`."
             )
         keys = self._keys(key)
         word = self.drop(self.embedding(tokens), key=keys[0])
@@ -292,11 +268,11 @@ class DEQTransformerLM(eqx.Module):
         )
         return x, injection
 
-    def empty_memory(self, batch: int) -> Memory:
+    def empty_memory(self, batch: int) -> SegmentMemory:
         """The memory before the first token."""
         dtype, dim = self.injection.weight.dtype, self.injection.weight.shape[1]
         shape = (batch, self.memory_length)
-        return Memory(
+        return SegmentMemory(
             jnp.zeros((*shape, dim), dtype),
             jnp.zeros((*shape, 3 * dim), dtype),
             jnp.array(0, jnp.int32),
@@ -316,17 +292,22 @@ class DEQTransformerLM(eqx.Module):
         z = self.drop(z, key=self._keys(key)[3])
         return self.softmax.nll(z, targets, self.embedding)
 
+    def _logits(
+        self, z: Features, state: Any, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "batch length vocab"], Any]:
+        z = self.drop(z, key=self._keys(key)[3])
+        return self.softmax.log_probs(z, self.embedding), state
+
     def log_probs(
         self, z: Features, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch length vocab"]:
-        """log p of the whole vocabulary, given the equilibrium.
+        """As `logits`, which are log p here: of the whole vocabulary.
 
         Args:
             z: the equilibrium.
             key: that of `solve`.
         """
-        z = self.drop(z, key=self._keys(key)[3])
-        return self.softmax.log_probs(z, self.embedding)
+        return self._logits(z, None, key)[0]
 
     @staticmethod
     def _keys(key: PRNGKeyArray | None) -> list[PRNGKeyArray | None]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import DEQTransformerBlock, DEQTransformerLM, count_parameters
+from deqjax.models import DEQTransformerLM
+from deqjax.nn import DEQTransformerBlock, count_parameters
 from deqjax.nn._deq_transformer import Context, by_distance, sinusoids
 from tests.helpers import error
 from tests.nn import language
@@ -30,13 +31,13 @@ def lm(**kwargs):
 
 
 def loss(model, tokens, targets, key):
-    sol, _ = model.solve(tokens, key=key)
+    sol = model.solve(tokens, key=key)
     return repeated(model.nll(sol.value, targets, key=key))
 
 
 @pytest.mark.parametrize("name", ["wikitext103", "wikitext103_regularised"])
 def test_published_sizes_are_counted_without_making_them(name):
-    model = eqx.filter_eval_shape(getattr(DEQTransformerLM, name), key=jr.key(0))
+    model = eqx.filter_eval_shape(DEQTransformerLM.published, name, key=jr.key(0))
     d, hidden = 700, 48000
     rows = 3 * d + d + d + hidden + d  # each with a norm of its own
     block = 5 * d * d + 2 * d * hidden + rows + (d + hidden + d) + 2 * d
@@ -131,10 +132,10 @@ def test_words_one_by_one_with_memory_are_the_whole_text():
 
     @quick
     def step(model, tokens, memory):
-        sol, memory = model.solve(tokens, memory=memory)
+        sol, memory = model.solve(tokens, memory)
         return model.log_probs(sol.value), memory, sol.stats["converged"]
 
-    want, _, converged = step(model, tokens, None)
+    want, _, converged = step(model, tokens, model.empty_memory(2))
     assert bool(jnp.all(converged))
     memory, parts = model.empty_memory(2), []
     for i in range(8):
@@ -146,14 +147,14 @@ def test_words_one_by_one_with_memory_are_the_whole_text():
 
 def test_float64_models_take_integers_of_64_bits(x64):
     tokens = jnp.array([[1, 2, 3]])
-    value = jax.eval_shape(lambda: lm(memory_length=2).solve(tokens)[0].value)
+    value = jax.eval_shape(lambda: lm(memory_length=2).solve(tokens).value)
     assert (value.shape, value.dtype) == ((1, 3, 16), jnp.float64)
 
 
 def test_memory_is_the_last_states_and_is_used():
     model = lm(memory_length=3)
     tokens = jr.randint(jr.key(1), (2, 5), 0, VOCAB)
-    solve = quick(lambda m, t, memory: m.solve(t, memory=memory))
+    solve = quick(lambda m, t, memory: m.solve(t, memory))
     sol, memory = solve(model, tokens, model.empty_memory(2))
     assert error(memory.z, sol.value[:, 2:]) == 0
     _, injection = model.context(tokens)
@@ -178,7 +179,7 @@ def test_copying_is_learned_and_solves_converge():
     assert float(losses[0]) > 1.5
     assert float(losses[-1]) < 0.15
     tokens, _ = language.copying(jr.key(5))
-    sol, _ = quick(lambda m, t: m.solve(t))(trained, tokens)
+    sol = quick(lambda m, t: m.solve(t))(trained, tokens)
     assert sol.stats["relative_residual"].shape == (16,)
     assert float(jnp.median(sol.stats["relative_residual"])) < 1e-2
 
@@ -210,7 +211,7 @@ def test_dropout_needs_a_key_and_is_off_in_inference_mode():
         (lambda: lm().solve(jnp.zeros(3, int)), r"shape \(batch, length\)"),
         (
             lambda: lm(memory_length=4).solve(
-                jnp.zeros((2, 3), int), memory=lm(memory_length=3).empty_memory(2)
+                jnp.zeros((2, 3), int), lm(memory_length=3).empty_memory(2)
             ),
             r"length 4.*\(2, 3\)",
         ),

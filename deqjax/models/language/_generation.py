@@ -11,14 +11,14 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ..solvers import Picard, Reversible
-from ..solvers._reversible import relax
-from ._attention import Past
-from ._checks import check_sizes, check_tokens
-from ._tokens import Features, Tokens, signed
+from ...nn._attention import Past
+from ...nn._checks import check_sizes, check_tokens
+from ...nn._tokens import Features, Tokens, signed
+from ...solvers import Picard, Reversible
+from ...solvers._reversible import relax
 
 
-class Cache(eqx.Module):
+class KVCache(eqx.Module):
     """The keys and values of the tokens that a model has seen.
 
     Attributes:
@@ -45,11 +45,11 @@ class Cache(eqx.Module):
         num_heads: int,
         head_dim: int,
         dtype: Any,
-    ) -> "Cache":
+    ) -> "KVCache":
         """The cache before the first token."""
         check_sizes(batch=batch, max_length=max_length)
         zeros = jnp.zeros((depth, batch, max_length, num_heads, head_dim), dtype)
-        return Cache(
+        return KVCache(
             zeros, zeros, jnp.array(0, jnp.int32), jnp.zeros(batch, jnp.float32)
         )
 
@@ -76,7 +76,9 @@ class Cache(eqx.Module):
         """Keys and values at one depth."""
         return Past(self.keys[i], self.values[i], self.length)
 
-    def add(self, keys: Array, values: Array, residual: Array | None = None) -> "Cache":
+    def add(
+        self, keys: Array, values: Array, residual: Array | None = None
+    ) -> "KVCache":
         """Append the keys and values of new tokens, at every depth."""
         write = lambda cache, new: lax.dynamic_update_slice_in_dim(
             cache, new.astype(cache.dtype), self.length, axis=2
@@ -84,7 +86,7 @@ class Cache(eqx.Module):
         worst = self.residual
         if residual is not None:
             worst = jnp.maximum(worst, residual.astype(worst.dtype))
-        return Cache(
+        return KVCache(
             write(self.keys, keys),
             write(self.values, values),
             self.length + keys.shape[2],
@@ -124,7 +126,7 @@ def generate(
     for converged ones.
 
     **Cost:** one pass over the prompt, then one solve for one token at a time.
-    **Memory:** the cache, see `deqjax.nn.Cache`.
+    **Memory:** the cache, see `deqjax.models.KVCache`.
 
     Args:
         model: a `RevDEQLM` or `TransformerLM`.
@@ -146,9 +148,9 @@ def generate(
 
     Example:
         >>> import deqjax, jax.numpy as jnp, jax.random as jr
-        >>> lm = deqjax.nn.RevDEQLM(16, 8, 2, max_length=12, key=jr.key(0))
+        >>> lm = deqjax.models.RevDEQLM(16, 8, 2, max_length=12, key=jr.key(0))
         >>> prompt = jnp.zeros((2, 4), int)
-        >>> deqjax.nn.generate(lm, prompt, 3, temperature=0).shape
+        >>> deqjax.models.generate(lm, prompt, 3, temperature=0).shape
         (2, 3)
     """
     check_sizes(num_tokens=num_tokens)

@@ -1,6 +1,6 @@
 """The multiscale deep equilibrium model for segmentation."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -10,13 +10,15 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._checks import Images, check_sizes
-from ._images import ConvNorms, Features, conv
-from ._mdeq import Backbone
-from ._mdeq_cell import INIT_STD, MDEQCell, Scales
+from ..._types import Options
+from ...nn._checks import Images, check_sizes
+from ...nn._images import ConvNorms, Features, conv
+from ...nn._mdeq_cell import INIT_STD, Scales
+from .._interface import AbstractModel, check_state
+from ._mdeq_backbone import MDEQBackbone
 
 
-class MDEQSegmenter(eqx.Module):
+class MDEQSegmenter(AbstractModel):
     r"""The multiscale deep equilibrium model as a classifier of pixels.
 
     Stem, injection and equilibrium as in `MDEQClassifier`; the states of all scales,
@@ -25,7 +27,7 @@ class MDEQSegmenter(eqx.Module):
     quarter of the image's, after the two halvings of the published models. The state
     of the batch norms, `eqx.nn.inference_mode` and dropout are as in `MDEQClassifier`.
 
-    | constructor | parameters | channels | images |
+    | configuration | parameters | channels | images |
     |---|---|---|---|
     | `cityscapes_small` | 8,968,467 | 32, 64, 128, 256 | 3 × 512 × 1024 |
     | `cityscapes_large` | 55,955,859 | 80, 160, 320, 640 | 3 × 512 × 1024 |
@@ -56,8 +58,9 @@ class MDEQSegmenter(eqx.Module):
 
     Example:
         >>> import deqjax, equinox as eqx, jax, jax.numpy as jnp
-        >>> make = eqx.nn.make_with_state(deqjax.nn.MDEQSegmenter.cityscapes_small)
-        >>> model, state = eqx.filter_eval_shape(make, key=jax.random.key(0))
+        >>> make = eqx.nn.make_with_state(deqjax.models.MDEQSegmenter.published)
+        >>> model, state = eqx.filter_eval_shape(
+        ...     make, "cityscapes_small", key=jax.random.key(0))
         >>> images = jnp.zeros((1, 3, 64, 128))
         >>> eqx.filter_eval_shape(model, images, state, key=jax.random.key(1))[0].shape
         (1, 19, 16, 32)
@@ -67,7 +70,26 @@ class MDEQSegmenter(eqx.Module):
         doi:10.48550/arXiv.2006.08656.
     """
 
-    backbone: Backbone
+    configurations: ClassVar = {
+        "cityscapes_small": {
+            "channels": (32, 64, 128, 256),
+            "num_classes": 19,
+            "dropout": 0.05,
+        },
+        "cityscapes_large": {
+            "channels": (80, 160, 320, 640),
+            "num_classes": 19,
+            "dropout": 0.03,
+        },
+        "cityscapes_xl": {
+            "channels": (88, 176, 352, 704),
+            "num_classes": 19,
+            "dropout": 0.04,
+            "expansion": 6,
+        },
+    }
+
+    backbone: MDEQBackbone
     mix: ConvNorms
     head: eqx.nn.Conv2d
 
@@ -88,67 +110,41 @@ class MDEQSegmenter(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_sizes(num_classes=num_classes)
-        key1, key2, key3, key4 = jr.split(key, 4)
-        cell = MDEQCell(
+        key1, key2, key3 = jr.split(key, 3)
+        # The running statistics move slowly: batches of large images are small.
+        momentum = 0.99
+        self.backbone = MDEQBackbone(
             channels,
+            in_channels=in_channels,
+            halvings=halvings,
             expansion=expansion,
             groups=groups,
             dropout=dropout,
             post_affine=post_affine,
+            momentum=momentum,
+            solver=solver,
+            adjoint=adjoint,
+            max_steps=max_steps,
             key=key1,
         )
-        # The running statistics move slowly: batches of large images are small.
-        momentum = 0.99
-        self.backbone = Backbone(
-            cell,
-            in_channels,
-            halvings,
-            momentum,
-            solver,
-            adjoint,
-            max_steps,
-            key=key2,
-        )
-        c = sum(cell.channels)
+        c = sum(self.backbone.deq.cell.channels)
         biased = {"bias": True, "std": INIT_STD}
-        self.mix = ConvNorms((c, c), (1,), (1,), momentum=momentum, **biased, key=key3)
-        self.head = conv(c, num_classes, 1, **biased, key=key4)
+        self.mix = ConvNorms((c, c), (1,), (1,), momentum=momentum, **biased, key=key2)
+        self.head = conv(c, num_classes, 1, **biased, key=key3)
 
-    def __call__(
+    def _solve(
         self,
-        images: Images,
-        state: eqx.nn.State,
+        inputs: Images,
+        state: Any,
         *,
-        z0: Scales | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int | None = None,
-    ) -> tuple[Float[Array, "batch classes height width"], eqx.nn.State]:
-        """The logits of every pixel and the new state of the batch norms.
-
-        Args:
-            images: of shape (batch, channels, height, width).
-            state: as `eqx.nn.make_with_state` returned it, or the last call.
-            z0: the initial iterate, one array per scale; None: zeros.
-            key: for dropout, one mask per solve.
-            max_steps: in place of the model's own.
-        """
-        sol, state = self.solve(images, state, z0=z0, key=key, max_steps=max_steps)
-        return self.logits(sol.value, state)
-
-    def solve(
-        self,
-        images: Images,
-        state: eqx.nn.State,
-        *,
-        z0: Scales | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int | None = None,
-        throw: bool = False,
-        options: dict[str, Any] | None = None,
-    ) -> tuple[optx.Solution, eqx.nn.State]:
-        """The equilibrium and the state, as `MDEQClassifier.solve`."""
+        z0: Scales | None,
+        key: PRNGKeyArray | None,
+        max_steps: int | None,
+        throw: bool,
+        options: Options | None,
+    ) -> tuple[optx.Solution, Any]:
         return self.backbone(
-            images,
+            inputs,
             state,
             z0=z0,
             key=key,
@@ -157,46 +153,13 @@ class MDEQSegmenter(eqx.Module):
             options=options,
         )
 
-    def logits(
-        self, z: Scales, state: eqx.nn.State
-    ) -> tuple[Float[Array, "batch classes height width"], eqx.nn.State]:
-        """The logits that belong to an equilibrium, and the state."""
+    def _logits(
+        self, z: Scales, state: Any, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "batch classes height width"], Any]:
+        check_state(state)
         parts = [resize(a, *z[0].shape[2:]) for a in z]
         y, state = self.mix(jnp.concatenate(parts, 1), state)
         return jax.vmap(self.head)(y), state
-
-    # Published configurations
-
-    @classmethod
-    def cityscapes_small(cls, *, key: PRNGKeyArray, **settings: Any) -> "MDEQSegmenter":
-        """8,968,467 parameters; `settings` are arguments in place of the published."""
-        published = {
-            "channels": (32, 64, 128, 256),
-            "num_classes": 19,
-            "dropout": 0.05,
-        }
-        return cls(**{**published, **settings}, key=key)
-
-    @classmethod
-    def cityscapes_large(cls, *, key: PRNGKeyArray, **settings: Any) -> "MDEQSegmenter":
-        """55,955,859 parameters; `settings` are arguments in place of the published."""
-        published = {
-            "channels": (80, 160, 320, 640),
-            "num_classes": 19,
-            "dropout": 0.03,
-        }
-        return cls(**{**published, **settings}, key=key)
-
-    @classmethod
-    def cityscapes_xl(cls, *, key: PRNGKeyArray, **settings: Any) -> "MDEQSegmenter":
-        """79,551,755 parameters; `settings` are arguments in place of the published."""
-        published = {
-            "channels": (88, 176, 352, 704),
-            "num_classes": 19,
-            "dropout": 0.04,
-            "expansion": 6,
-        }
-        return cls(**{**published, **settings}, key=key)
 
 
 def resize(x: Features, height: int, width: int) -> Features:

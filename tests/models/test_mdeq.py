@@ -10,8 +10,9 @@ import optimistix as optx
 import pytest
 
 import deqjax
-from deqjax.nn import MDEQCell, MDEQClassifier, MDEQSegmenter
-from deqjax.nn._mdeq_segmenter import resize
+from deqjax.models import MDEQClassifier, MDEQSegmenter
+from deqjax.models.vision._mdeq_segmenter import resize
+from deqjax.nn import MDEQCell
 from tests.helpers import error, identical
 from tests.nn.images import (
     cross_entropy,

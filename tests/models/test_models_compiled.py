@@ -6,17 +6,14 @@ import jax.random as jr
 import pytest
 
 import deqjax
-from deqjax.nn import (
-    HyperDEQ,
-    HyperNetwork,
+from deqjax.models import (
     ImplicitResNet,
     MDEQClassifier,
     MDEQSegmenter,
     MonotoneClassifier,
-    MonotoneConv,
-    MonotoneDEQ,
     RevDEQClassifier,
 )
+from deqjax.nn import HyperDEQ, HyperNetwork, MonotoneConv, MonotoneDEQ
 from tests.helpers import error
 from tests.nn.images import data
 from tests.nn.test_hyper import Cell
@@ -34,8 +31,7 @@ def stateful(make, *args, **settings):
         return eqx.nn.make_with_state(make)(*args, **settings, key=key)
 
     model, state = init(QUICK)
-    key = {} if make is RevDEQClassifier else {"key": jr.key(1)}
-    return model, lambda model, x: model(x, state, **key)[0]
+    return model, lambda model, x: model(x, state, key=jr.key(1))[0]
 
 
 def segmenter():

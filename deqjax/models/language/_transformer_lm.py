@@ -1,75 +1,33 @@
 """An explicit transformer, for comparison."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
+import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._attention import Attention, Heads, Past
-from ._checks import check_heads, check_sizes, check_tokens
-from ._generation import Cache, check_room
-from ._tokens import Features, Tokens, embed_at, over_tokens, project
+from ..._types import Options
+from ...nn._checks import check_sizes, check_tokens
+from ...nn._tokens import Features, Tokens, embed_at, over_tokens, project
+from ...nn._transformer_block import TransformerBlock
+from ._generation import KVCache, check_room
+from ._interface import AbstractLanguageModel
 
 
-class TransformerBlock(eqx.Module):
-    r"""A pre-norm transformer layer: attention, then an MLP with GELU, both residual.
-
-    Args:
-        dim: width d.
-        num_heads: attention heads; divides d.
-        hidden: width of the MLP's hidden layer.
-        dtype: of the parameters.
-        key: decides the initial parameters.
-
-    Raises:
-        ValueError: if a size is not valid.
-    """
-
-    norm1: eqx.nn.LayerNorm
-    norm2: eqx.nn.LayerNorm
-    attention: Attention
-    mlp: eqx.nn.MLP
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        hidden: int,
-        *,
-        dtype: Any = jnp.float32,
-        key: PRNGKeyArray,
-    ):
-        check_sizes(dim=dim, num_heads=num_heads, hidden=hidden)
-        check_heads(dim, num_heads)
-        key1, key2 = jr.split(key)
-        self.norm1 = eqx.nn.LayerNorm(dim, dtype=dtype)
-        self.norm2 = eqx.nn.LayerNorm(dim, dtype=dtype)
-        self.attention = Attention(dim, num_heads, use_bias=True, dtype=dtype, key=key1)
-        self.mlp = eqx.nn.MLP(dim, dim, hidden, 1, jax.nn.gelu, dtype=dtype, key=key2)
-
-    def advance(
-        self, h: Features, past: Past | None
-    ) -> tuple[Features, tuple[Heads, Heads]]:
-        """The layer for tokens that follow a past, and their keys and values.
-
-        Args:
-            h: what comes in, of shape (batch, length, dim).
-            past: keys and values of the tokens before; None: there are none.
-        """
-        n = over_tokens(self.norm1, h)
-        gathered, kept = self.attention(n, n, n, past)
-        h = h + gathered
-        return h + project(self.mlp, over_tokens(self.norm2, h)), kept
-
-
-class TransformerLM(eqx.Module):
+class TransformerLM(AbstractLanguageModel):
     r"""An explicit transformer language model of L layers, each with its own weights.
 
     Pre-norm layers, learned positions, a norm before an untied head without bias: what
     `RevDEQLM` is compared with, in the same interface.
+
+    `solve` returns the last layer's output as the `value` of a solution, whose
+    statistics have L evaluations and no residual.
+
+    **Configuration:** `wikitext103`, not published: 95,925,120 parameters, as many as
+    `RevDEQLM`'s to 2 in 10,000. The same width, heads, positions and vocabulary; its
+    block of 18.3 million parameters as 3 layers with MLPs of 2432.
 
     **Cost:** L layers and the head.
 
@@ -88,7 +46,7 @@ class TransformerLM(eqx.Module):
 
     Example:
         >>> import deqjax, jax.numpy as jnp, jax.random as jr
-        >>> lm = deqjax.nn.TransformerLM(16, 8, 2, 3, max_length=12, key=jr.key(0))
+        >>> lm = deqjax.models.TransformerLM(16, 8, 2, 3, max_length=12, key=jr.key(0))
         >>> lm(jnp.zeros((2, 5), int)).shape
         (2, 5, 16)
 
@@ -96,6 +54,17 @@ class TransformerLM(eqx.Module):
         A. Radford, J. Wu, R. Child, D. Luan, D. Amodei, I. Sutskever (2019), Language
         models are unsupervised multitask learners.
     """
+
+    configurations: ClassVar = {
+        "wikitext103": {
+            "vocab_size": 50304,
+            "dim": 768,
+            "num_heads": 12,
+            "num_layers": 3,
+            "hidden": 2432,
+            "max_length": 448,
+        },
+    }
 
     tokens: eqx.nn.Embedding
     positions: eqx.nn.Embedding
@@ -127,63 +96,59 @@ class TransformerLM(eqx.Module):
         self.norm = eqx.nn.LayerNorm(dim, dtype=dtype)
         self.head = eqx.nn.Linear(dim, vocab_size, False, dtype, key=keys[2])
 
-    @classmethod
-    def wikitext103(cls, *, key: PRNGKeyArray, **kwargs: Any) -> "TransformerLM":
-        """As many parameters as `RevDEQLM.wikitext103`, to 2 in 10,000: 95,925,120.
-
-        The same width, heads, positions and vocabulary; its block of 18.3 million
-        parameters as 3 layers with MLPs of 2432.
-
-        Args:
-            key: decides the initial parameters.
-            **kwargs: what shall differ, by the names of the constructor.
-        """
-        config: dict[str, Any] = {
-            "vocab_size": 50304,
-            "dim": 768,
-            "num_heads": 12,
-            "num_layers": 3,
-            "hidden": 2432,
-            "max_length": 448,
-        }
-        return cls(**{**config, **kwargs}, key=key)
-
     @property
     def max_length(self) -> int:
         """The longest sequence that the model has positions for."""
         return self.positions.weight.shape[0]
 
-    def __call__(self, tokens: Array) -> Float[Array, "batch length vocab"]:
-        """The logits of the token that follows each position.
-
-        Args:
-            tokens: shape (batch, length), at most `max_length` long.
-        """
-        check_tokens("tokens", tokens, self.max_length)
-        h = self._embed(tokens, jnp.arange(tokens.shape[1]))
+    def _solve(
+        self,
+        inputs: Any,
+        state: Any,
+        *,
+        z0: Any,
+        key: PRNGKeyArray | None,
+        max_steps: int | None,
+        throw: bool,
+        options: Options | None,
+    ) -> tuple[optx.Solution, Any]:
+        given = {"z0": z0, "max_steps": max_steps, "options": options}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must be None: an explicit model solves nothing; got "
+                    f"{value!r}."
+                )
+        check_tokens("tokens", inputs, self.max_length)
+        h = self._embed(inputs, jnp.arange(inputs.shape[1]))
         for layer in self.layers:
             h, _ = layer.advance(h, None)
-        return self.logits(h)
+        depth = jnp.array(len(self.layers), jnp.int32)
+        stats = {"num_evals": depth, "num_steps": depth}
+        return optx.Solution(h, optx.RESULTS.successful, None, stats, None), state
 
-    def logits(self, h: Features) -> Float[Array, "batch length vocab"]:
-        """The logits that belong to the last layer's output."""
-        return project(self.head, over_tokens(self.norm, h))
+    def _logits(
+        self, z: Features, state: Any, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "batch length vocab"], Any]:
+        return project(self.head, over_tokens(self.norm, z)), state
 
     def _embed(self, tokens: Tokens, positions: Array) -> Features:
         return embed_at(tokens, positions, table=self.tokens, places=self.positions)
 
     # Token by token
 
-    def empty_cache(self, batch: int, max_length: int | None = None) -> Cache:
+    def empty_cache(self, batch: int, max_length: int | None = None) -> KVCache:
         """A cache for `extend`, of `max_length` tokens (None: all positions)."""
         heads = self.layers[0].attention.num_heads
         dim = self.tokens.weight.shape[1]
         length = self.max_length if max_length is None else max_length
         check_room(length, self.max_length)
         dtype = self.tokens.weight.dtype
-        return Cache.empty(len(self.layers), batch, length, heads, dim // heads, dtype)
+        return KVCache.empty(
+            len(self.layers), batch, length, heads, dim // heads, dtype
+        )
 
-    def extend(self, tokens: Array, cache: Cache) -> tuple[Features, Cache]:
+    def extend(self, tokens: Array, cache: KVCache) -> tuple[Features, KVCache]:
         """The last layer's output at tokens that follow those of the cache.
 
         Args:

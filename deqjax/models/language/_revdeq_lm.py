@@ -1,6 +1,6 @@
 """The reversible DEQ language model."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -9,109 +9,19 @@ import jax.random as jr
 import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._fixed_point import fixed_point
-from ..solvers import Reversible
-from ._attention import Attention, Heads, Past
-from ._checks import batched_solver, check_heads, check_sizes, check_tokens
-from ._deq import DEQ, unless_lost
-from ._generation import Cache, check_room, static_depth, static_solve
-from ._tokens import Features, Tokens, embed_at, over_tokens, project
+from ..._fixed_point import fixed_point
+from ..._types import Options
+from ...nn._attention import Past
+from ...nn._checks import batched_solver, check_sizes, check_tokens
+from ...nn._deq import DEQ, unless_lost
+from ...nn._revdeq_block import RevDEQBlock
+from ...nn._tokens import Features, Tokens, embed_at, project
+from ...solvers import Reversible
+from ._generation import KVCache, check_room, static_depth, static_solve
+from ._interface import AbstractLanguageModel
 
 
-class RevDEQBlock(eqx.Module):
-    r"""The cell of the RevDEQ language model.
-
-    $$ h = z + \mathrm{MHA}(Qn, Kn, Vn), \quad n = \mathrm{LN}_1(z + x), \qquad
-       f(z, x) = h + \mathrm{MLP}(\mathrm{LN}_2(h)) $$
-
-    Q, K and V are linear maps before the attention's own projections; the MLP has two
-    hidden layers with GELU. Attention is causal.
-
-    As published, f adds to z, so that its Jacobian is I plus that of what it adds: few
-    solves with random weights converge. With `residual="input"` f adds to x instead
-    (h = x + …), and they do for weights of moderate size; this is not in the source.
-
-    Args:
-        dim: width d.
-        num_heads: attention heads; divides d.
-        hidden: width of the MLP's hidden layers.
-        residual: what f adds to, `"state"` or `"input"`.
-        dtype: of the parameters.
-        key: decides the initial parameters.
-
-    Raises:
-        ValueError: if a size is not valid.
-    """
-
-    norm1: eqx.nn.LayerNorm
-    norm2: eqx.nn.LayerNorm
-    query: eqx.nn.Linear
-    key: eqx.nn.Linear
-    value: eqx.nn.Linear
-    attention: Attention
-    mlp: eqx.nn.MLP
-    residual: str = eqx.field(static=True)
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        hidden: int,
-        *,
-        residual: str = "state",
-        dtype: Any = jnp.float32,
-        key: PRNGKeyArray,
-    ):
-        check_sizes(dim=dim, num_heads=num_heads, hidden=hidden)
-        check_heads(dim, num_heads)
-        if residual not in ("state", "input"):
-            raise ValueError(
-                f'`residual` must be "state" or "input"; got {residual!r}.'
-            )
-        self.residual = residual
-        keys = jr.split(key, 5)
-        self.norm1 = eqx.nn.LayerNorm(dim, dtype=dtype)
-        self.norm2 = eqx.nn.LayerNorm(dim, dtype=dtype)
-        self.query, self.key, self.value = (
-            eqx.nn.Linear(dim, dim, dtype=dtype, key=k) for k in keys[:3]
-        )
-        self.attention = Attention(
-            dim, num_heads, use_bias=False, dtype=dtype, key=keys[3]
-        )
-        self.mlp = eqx.nn.MLP(
-            dim, dim, hidden, 2, jax.nn.gelu, dtype=dtype, key=keys[4]
-        )
-
-    def __call__(
-        self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
-    ) -> Features:
-        """f(z, x).
-
-        Args:
-            z: the state, of shape (batch, length, dim).
-            x: what is injected, of the same shape.
-            key: not used: nothing here is random.
-        """
-        return self.advance(z, x, None)[0]
-
-    def advance(
-        self, z: Features, x: Features, past: Past | None
-    ) -> tuple[Features, tuple[Heads, Heads]]:
-        """f for tokens that follow a past, and their keys and values at z.
-
-        Args:
-            z: their states.
-            x: what is injected.
-            past: keys and values of the tokens before; None: there are none.
-        """
-        n = over_tokens(self.norm1, z + x)
-        q, k, v = (project(p, n) for p in (self.query, self.key, self.value))
-        gathered, kept = self.attention(q, k, v, past)
-        h = (z if self.residual == "state" else x) + gathered
-        return h + project(self.mlp, over_tokens(self.norm2, h)), kept
-
-
-class RevDEQLM(eqx.Module):
+class RevDEQLM(AbstractLanguageModel):
     r"""The RevDEQ language model: one transformer block at its fixed point.
 
     $$ x_t = E_{w_t} + P_t, \qquad z^* = f(z^*, x), \qquad
@@ -123,7 +33,12 @@ class RevDEQLM(eqx.Module):
     **Cost:** 2 evaluations of the block per step (8 by default), and the head.
     **Memory:** that of the adjoint; see `deqjax.ReversibleAdjoint`.
 
-    Differences from the authors' code: states are float32, not float64, and are undone
+    **Published:** `wikitext103`, 95,907,840 parameters, the block 18,296,832: d = 768,
+    12 heads, MLP of 3072, 448 positions, GPT-2's vocabulary padded to 50,304 tokens,
+    4 steps with β = 1/2. Trained with AdamW at 3e-4, halved on plateaus, batches of 32
+    sequences, 10 epochs, without dropout.
+
+    **Differences from the source:** states are float32, not float64, and are undone
     exactly all the same; there is no tolerance by default, since 4 steps with β = 1/2
     leave 1/16 of the start even of a constant map, so that the authors' tolerance of
     10⁻³ is never reached; the dtype of the parameters may be chosen; their layer norm
@@ -149,7 +64,7 @@ class RevDEQLM(eqx.Module):
 
     Example:
         >>> import deqjax, jax.numpy as jnp, jax.random as jr
-        >>> lm = deqjax.nn.RevDEQLM(16, 8, 2, max_length=12, key=jr.key(0))
+        >>> lm = deqjax.models.RevDEQLM(16, 8, 2, max_length=12, key=jr.key(0))
         >>> lm(jnp.zeros((2, 5), int)).shape
         (2, 5, 16)
 
@@ -157,6 +72,16 @@ class RevDEQLM(eqx.Module):
         S. McCallum, K. Arora, J. Foster (2025), Reversible deep equilibrium models,
         doi:10.48550/arXiv.2509.12917.
     """
+
+    configurations: ClassVar = {
+        "wikitext103": {
+            "vocab_size": 50304,
+            "dim": 768,
+            "num_heads": 12,
+            "hidden": 3072,
+            "max_length": 448,
+        },
+    }
 
     tokens: eqx.nn.Embedding
     positions: eqx.nn.Embedding
@@ -191,73 +116,40 @@ class RevDEQLM(eqx.Module):
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
         self.head = eqx.nn.Linear(dim, vocab_size, False, dtype, key=keys[3])
 
-    @classmethod
-    def wikitext103(cls, *, key: PRNGKeyArray, **kwargs: Any) -> "RevDEQLM":
-        """The published configuration: 95,907,840 parameters, the block 18,296,832.
-
-        d = 768, 12 heads, MLP of 3072, 448 positions, GPT-2's vocabulary padded to
-        50,304 tokens, 4 steps with β = 1/2. Published beside it: AdamW with 3e-4,
-        halved on plateaus, batches of 32 sequences, 10 epochs, no dropout.
-
-        Args:
-            key: decides the initial parameters.
-            **kwargs: what shall differ, by the names of the constructor.
-        """
-        config: dict[str, Any] = {
-            "vocab_size": 50304,
-            "dim": 768,
-            "num_heads": 12,
-            "hidden": 3072,
-            "max_length": 448,
-        }
-        return cls(**{**config, **kwargs}, key=key)
-
     @property
     def max_length(self) -> int:
         """The longest sequence that the model has positions for."""
         return self.positions.weight.shape[0]
 
-    def __call__(
-        self, tokens: Array, *, options: dict[str, Any] | None = None
-    ) -> Float[Array, "batch length vocab"]:
-        """The logits of the token that follows each position.
-
-        Args:
-            tokens: shape (batch, length), at most `max_length` long.
-            options: of the solve; see `deqjax.fixed_point`.
-        """
-        return self.logits(self.solve(tokens, options=options).value)
-
-    def solve(
+    def _solve(
         self,
-        tokens: Array,
+        inputs: Any,
+        state: Any,
         *,
-        z0: Features | None = None,
-        max_steps: int | None = None,
-        throw: bool = False,
-        options: dict[str, Any] | None = None,
-    ) -> optx.Solution:
-        """The equilibrium, with all that `deqjax.fixed_point` returns.
-
-        `logits` of its `value` are what the model returns. Arguments as of
-        `deqjax.nn.DEQ.solve`.
-        """
-        check_tokens("tokens", tokens, self.max_length)
-        x = self._inject(tokens, jnp.arange(tokens.shape[1]))
-        return self.deq.solve(
+        z0: Features | None,
+        key: PRNGKeyArray | None,
+        max_steps: int | None,
+        throw: bool,
+        options: Options | None,
+    ) -> tuple[optx.Solution, Any]:
+        check_tokens("tokens", inputs, self.max_length)
+        x = self._inject(inputs, jnp.arange(inputs.shape[1]))
+        sol = self.deq.solve(
             x, z0=z0, max_steps=max_steps, throw=throw, options=options
         )
+        return sol, state
 
-    def logits(self, z: Features) -> Float[Array, "batch length vocab"]:
-        """The logits that belong to an equilibrium."""
-        return project(self.head, z)
+    def _logits(
+        self, z: Features, state: Any, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "batch length vocab"], Any]:
+        return project(self.head, z), state
 
     def _inject(self, tokens: Tokens, positions: Array) -> Features:
         return embed_at(tokens, positions, table=self.tokens, places=self.positions)
 
     # Token by token
 
-    def empty_cache(self, batch: int, max_length: int | None = None) -> Cache:
+    def empty_cache(self, batch: int, max_length: int | None = None) -> KVCache:
         """A cache for `extend`, of `max_length` tokens (None: all positions).
 
         A solve to a tolerance needs the keys and values at the equilibrium alone; one
@@ -268,17 +160,17 @@ class RevDEQLM(eqx.Module):
         dim = self.tokens.weight.shape[1]
         length = self.max_length if max_length is None else max_length
         check_room(length, self.max_length)
-        return Cache.empty(
+        return KVCache.empty(
             depth, batch, length, heads, dim // heads, self.tokens.weight.dtype
         )
 
     def extend(
         self,
         tokens: Array,
-        cache: Cache,
+        cache: KVCache,
         *,
         options: dict[str, Any] | None = None,
-    ) -> tuple[Features, Cache]:
+    ) -> tuple[Features, KVCache]:
         """The equilibrium at tokens that follow those of the cache.
 
         Args:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import ConvCell, RevDEQClassifier
+from deqjax.models import RevDEQClassifier
+from deqjax.nn import ConvCell
 from tests import helpers
 from tests.helpers import error
 from tests.nn.images import cross_entropy, data, fill, np_conv, np_norm, relu
@@ -38,10 +39,10 @@ def make(key, max_steps=1):
 @eqx.filter_value_and_grad(has_aux=True)
 def gradient(model, state, _):
     images, labels = data()
-    features, sols, state = model.solve(images, state)
+    sol, state = model.solve(images, state)
     assert all(isinstance(deq.solver, deqjax.Reversible) for deq in model.deqs)
-    value = cross_entropy(model.logits(features), labels)
-    stats = [(s.stats["num_evals"], s.stats["relative_residual"]) for s in sols]
+    value = cross_entropy(model.logits(sol.value), labels)
+    stats = [(s.stats["num_evals"], s.stats["relative_residual"]) for s in sol.aux]
     return value, (state, stats)
 
 
@@ -67,7 +68,7 @@ def test_the_gradient_is_that_of_the_steps_taken():
     def plain(model):
         x, _ = model.stem(images, state)
         for i, deq in enumerate(model.deqs):
-            x = model.downs[0](x) if i else x
+            x = model.downs[0](x, state)[0] if i else x
             z0 = jnp.zeros_like(x)
             x = x + helpers.reversible(deq.cell, z0, x, 2, 0.8)
         return cross_entropy(model.logits(x), labels)

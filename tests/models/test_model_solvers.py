@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import DEQTransformerLM, ImplicitResNet, MDEQClassifier
+from deqjax.models import DEQTransformerLM, ImplicitResNet, MDEQClassifier
 from tests.nn.images import data
 from tests.nn.training import QUICK, quick
 
@@ -32,8 +32,8 @@ def relative(model, where, solve, steps):
 
 @pytest.mark.slow
 def test_the_implicit_resnet_needs_the_fewest_evaluations_with_its_default():
-    make = eqx.nn.make_with_state(ImplicitResNet.cifar10)
-    model, state = quick(lambda key: make(key=key))(QUICK)
+    make = eqx.nn.make_with_state(ImplicitResNet.published)
+    model, state = quick(lambda key: make("cifar10", key=key))(QUICK)
     images = jr.normal(jr.key(1), (2, 3, 32, 32))
     solve = lambda m, **s: m.solve(images, state, key=jr.key(2), **s)[0]
     default, residuals = relative(model, lambda m: m.deq, solve, 26)
@@ -61,7 +61,7 @@ def test_the_multiscale_model_comes_nearest_with_its_default():
 def test_the_transformer_comes_nearest_with_its_default():
     model = DEQTransformerLM(300, 64, 4, 256, cutoffs=(100,), key=QUICK)
     tokens = jr.randint(jr.key(1), (8, 16), 0, 300)
-    solve = lambda m, **s: m.solve(tokens, **s)[0]
+    solve = lambda m, **s: m.solve(tokens, **s)
     default, residuals = relative(model, lambda m: m.deq, solve, 30)
     last = {kind: np.median(r[-1]) for kind, r in residuals.items()}
     assert last[default] == min(last.values())

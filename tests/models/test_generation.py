@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import LearnedStart, RevDEQLM, TransformerLM, generate
+from deqjax.models import RevDEQLM, TransformerLM, generate
+from deqjax.nn import LearnedStart
 from tests.helpers import error
 
 TOKENS = jr.randint(jr.key(1), (3, 9), 0, 17)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import ImplicitResNet, ImplicitResNetCell
+from deqjax.models import ImplicitResNet
+from deqjax.nn import ImplicitResNetCell
 from tests.helpers import error
 from tests.nn.images import cross_entropy, data, fill, np_conv, np_norm
 from tests.nn.training import QUICK, quick, train
@@ -52,7 +53,7 @@ def test_the_network_learns_and_reports_residuals():
     @eqx.filter_value_and_grad(has_aux=True)
     def step(model, state, _):
         sol, state = model.solve(images, state, key=jr.key(1))
-        logits = model.logits(sol.value, key=jr.key(2))
+        logits, state = model.logits(sol.value, state, key=jr.key(2))
         return cross_entropy(logits, labels), (state, sol.stats["relative_residual"])
 
     run = train(model, step, 30, jit=quick)

@@ -1,8 +1,7 @@
 """The implicit residual network of Jacobian-free backpropagation."""
 
 import functools as ft
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -11,111 +10,27 @@ import jax.random as jr
 import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..adjoints import JFBAdjoint
-from ..solvers import Anderson
-from ._checks import (
+from ..._types import Options
+from ...adjoints import JFBAdjoint
+from ...nn._checks import (
     Images,
     batched_solver,
-    check_groups,
     check_images,
     check_rate,
     check_sizes,
 )
-from ._deq import DEQ
-from ._dropout import VariationalDropout, split_key
-from ._images import Features, average, batch_norm, conv, normalise
+from ...nn._deq import DEQ
+from ...nn._dropout import VariationalDropout, split_key
+from ...nn._images import Features, average, batch_norm, conv, normalise
+from ...nn._implicit_resnet_cell import ImplicitResNetCell, Residual, leaky
+from ...solvers import Anderson
+from .._interface import AbstractModel, check_state
 
 # What the authors put around the images: the mean of a pixel of ImageNet.
 PADDING = 0.449
-SLOPE = 0.1
 
 
-class _Residual(eqx.Module):
-    """x + C₂ leaky(C₁ x), without what the two uses of it do next."""
-
-    conv1: eqx.nn.Conv2d
-    conv2: eqx.nn.Conv2d
-
-    def __init__(self, channels: int, *, key: PRNGKeyArray):
-        key1, key2 = jr.split(key)
-        self.conv1 = conv(channels, channels, 3, bias=True, key=key1)
-        self.conv2 = conv(channels, channels, 3, bias=True, key=key2)
-
-    def __call__(self, x: Array, drop: Callable = lambda h: h) -> Array:
-        return x + self.conv2(drop(leaky(self.conv1(x))))
-
-
-class ImplicitResNetCell(eqx.Module):
-    r"""The cell of the implicit residual network.
-
-    $$ h_0 = x + \gamma z, \qquad
-       h_{i+1} = N\,\mathrm{leaky}\bigl(h_i + C_i'\,\mathrm{leaky}(C_i h_i)\bigr),
-       \qquad f(z, x) = h_n $$
-
-    with convolutions 3 × 3 with bias, leaky ReLUs of slope 0.1, and norms N without
-    parameters.
-
-    Args:
-        channels: of z and x.
-        num_blocks: n.
-        gamma: γ, the weight of the state.
-        groups: of the group norms N.
-        key: decides the initial parameters.
-
-    Raises:
-        ValueError: if an argument is not valid.
-
-    References:
-        S. W. Fung, H. Heaton, Q. Li, D. McKenzie, S. Osher, W. Yin (2022), JFB:
-        Jacobian-free backpropagation for implicit networks,
-        doi:10.1609/aaai.v36i6.20619.
-    """
-
-    blocks: tuple[_Residual, ...]
-    norm: eqx.nn.GroupNorm
-    gamma: float = eqx.field(static=True)
-
-    def __init__(
-        self,
-        channels: int,
-        num_blocks: int = 5,
-        *,
-        gamma: float = 0.5,
-        groups: int = 1,
-        key: PRNGKeyArray,
-    ):
-        check_sizes(channels=channels, num_blocks=num_blocks)
-        check_groups((channels,), groups)
-        if isinstance(gamma, bool) or not (
-            isinstance(gamma, int | float) and 0 < gamma < 1
-        ):
-            raise ValueError(f"`gamma` must satisfy 0 < gamma < 1; got {gamma!r}.")
-        self.blocks = tuple(
-            _Residual(channels, key=k) for k in jr.split(key, num_blocks)
-        )
-        self.norm = eqx.nn.GroupNorm(groups, channels, channelwise_affine=False)
-        self.gamma = gamma
-
-    def __call__(
-        self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
-    ) -> Features:
-        """f for a whole batch.
-
-        Args:
-            z: the state, of shape (batch, channels, height, width).
-            x: what is injected, of the same shape.
-            key: not used: nothing here is random.
-        """
-        return jax.vmap(self._one)(z, x)
-
-    def _one(self, z: Array, x: Array) -> Array:
-        h = x + self.gamma * z
-        for block in self.blocks:
-            h = self.norm(leaky(block(h)))
-        return h
-
-
-class ImplicitResNet(eqx.Module):
+class ImplicitResNet(AbstractModel):
     r"""The implicit residual network trained by Jacobian-free backpropagation.
 
     A convolution 7 × 7; two stages of residual blocks, each followed by a mean over
@@ -158,8 +73,9 @@ class ImplicitResNet(eqx.Module):
 
     Example:
         >>> import deqjax, equinox as eqx, jax
-        >>> make = eqx.nn.make_with_state(deqjax.nn.ImplicitResNet.cifar10)
-        >>> model, state = eqx.filter_eval_shape(make, key=jax.random.key(0))
+        >>> make = eqx.nn.make_with_state(deqjax.models.ImplicitResNet.published)
+        >>> model, state = eqx.filter_eval_shape(
+        ...     make, "cifar10", key=jax.random.key(0))
         >>> deqjax.nn.count_parameters(model)
         843430
 
@@ -169,8 +85,17 @@ class ImplicitResNet(eqx.Module):
         doi:10.1609/aaai.v36i6.20619.
     """
 
+    configurations: ClassVar = {
+        "cifar10": {
+            "channels": 35,
+            "data_blocks": 16,
+            "cell_blocks": 5,
+            "num_classes": 10,
+        },
+    }
+
     first: eqx.nn.Conv2d
-    stages: tuple[tuple[_Residual, ...], ...]
+    stages: tuple[tuple[Residual, ...], ...]
     norms: tuple[tuple[eqx.nn.BatchNorm, ...], ...]
     data_dropout: VariationalDropout
     deq: DEQ
@@ -214,7 +139,7 @@ class ImplicitResNet(eqx.Module):
         self.first = eqx.nn.Conv2d(in_channels, channels, 7, key=next(keys))
         stages = range(2)
         self.stages = tuple(
-            tuple(_Residual(channels, key=next(keys)) for _ in range(data_blocks))
+            tuple(Residual(channels, key=next(keys)) for _ in range(data_blocks))
             for _ in stages
         )
         self.norms = tuple(
@@ -236,56 +161,30 @@ class ImplicitResNet(eqx.Module):
         )
         self.side = side
 
-    def __call__(
+    def _solve(
         self,
-        images: Images,
-        state: eqx.nn.State,
+        inputs: Images,
+        state: Any,
         *,
-        z0: Features | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int | None = None,
-    ) -> tuple[Float[Array, "batch classes"], eqx.nn.State]:
-        """The logits and the new state of the batch norms.
-
-        Args:
-            images: of shape (batch, channels, side, side).
-            state: as `eqx.nn.make_with_state` returned it, or the last call.
-            z0: the initial iterate; None: zeros.
-            key: for dropout.
-            max_steps: in place of the model's own.
-        """
-        key1, key2 = split_key(key, 2)
-        sol, state = self.solve(images, state, z0=z0, key=key1, max_steps=max_steps)
-        return self.logits(sol.value, key=key2), state
-
-    def solve(
-        self,
-        images: Images,
-        state: eqx.nn.State,
-        *,
-        z0: Features | None = None,
-        key: PRNGKeyArray | None = None,
-        max_steps: int | None = None,
-        throw: bool = False,
-        options: dict[str, Any] | None = None,
-    ) -> tuple[optx.Solution, eqx.nn.State]:
-        """The equilibrium, with all that `deqjax.fixed_point` returns, and the state.
-
-        `logits` of its `value` are what the model returns; `stats["residual"]` has one
-        entry per image. Arguments as of `__call__` and `deqjax.nn.DEQ.solve`.
-        """
-        x, state = self._embed(images, state, key)
+        z0: Features | None,
+        key: PRNGKeyArray | None,
+        max_steps: int | None,
+        throw: bool,
+        options: Options | None,
+    ) -> tuple[optx.Solution, Any]:
+        check_state(state)
+        x, state = self._embed(inputs, state, split_key(key, 2)[0])
         sol = self.deq.solve(
             x, z0=z0, max_steps=max_steps, throw=throw, options=options
         )
         return sol, state
 
-    def logits(
-        self, z: Features, *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "batch classes"]:
-        """The logits that belong to an equilibrium; `key` is for dropout."""
+    def _logits(
+        self, z: Features, state: Any, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "batch classes"], Any]:
         y = leaky(jax.vmap(self.last)(z)).reshape(len(z), -1)
-        return jax.vmap(self.head)(self.head_dropout(y, key=key))
+        y = self.head_dropout(y, key=split_key(key, 2)[1])
+        return jax.vmap(self.head)(y), state
 
     def _embed(
         self, images: Images, state: eqx.nn.State, key: PRNGKeyArray | None
@@ -312,21 +211,3 @@ class ImplicitResNet(eqx.Module):
                 x, state = normalise(norm, leaky(h), state)
             x = average(x, 2)
         return x, state
-
-    # The published configuration
-
-    @classmethod
-    def cifar10(cls, *, key: PRNGKeyArray, **settings: Any) -> "ImplicitResNet":
-        """843,430 parameters; `settings` are arguments in place of the published."""
-        published = {
-            "channels": 35,
-            "data_blocks": 16,
-            "cell_blocks": 5,
-            "num_classes": 10,
-        }
-        return cls(**{**published, **settings}, key=key)
-
-
-def leaky(x: Array) -> Array:
-    """The leaky ReLU of the authors."""
-    return jax.nn.leaky_relu(x, SLOPE)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax.nn import RevDEQBlock, RevDEQLM, TransformerLM, count_parameters
+from deqjax.models import RevDEQLM, TransformerLM
+from deqjax.nn import RevDEQBlock, count_parameters
 from deqjax.nn._checks import check_tokens
 from tests.helpers import error
 from tests.nn import language
@@ -37,8 +38,9 @@ def apply(model, tokens, **kwargs):
 
 
 def test_published_sizes_are_counted_without_making_them():
-    rev = eqx.filter_eval_shape(RevDEQLM.wikitext103, key=jr.key(0))
-    explicit = eqx.filter_eval_shape(TransformerLM.wikitext103, key=jr.key(0))
+    rev = eqx.filter_eval_shape(RevDEQLM.published, "wikitext103", key=jr.key(0))
+    make = TransformerLM.published
+    explicit = eqx.filter_eval_shape(make, "wikitext103", key=jr.key(0))
     d, hidden, positions, vocab = 768, 3072, 448, 50304
     linear = lambda i, o: i * o + o
     block = 2 * 2 * d + 3 * linear(d, d) + 4 * d * d
