@@ -8,6 +8,7 @@ from ._coupling import (
     CouplingReport as CouplingReport,
     coupling_report as coupling_report,
 )
+from ._depth import DepthReport as DepthReport, depth_report as depth_report
 from ._gradients import (
     GradientReport as GradientReport,
     gradient_report as gradient_report,

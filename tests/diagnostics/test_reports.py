@@ -64,6 +64,17 @@ def report(cls, **changes):
             **dict.fromkeys(("seconds", "compile_seconds"), two),
             "memory": jnp.array([2048.0, jnp.nan]),
         },
+        "DepthReport": {
+            "depths": jnp.array([0, 4]),
+            **dict.fromkeys(("residual", "score"), jnp.array([[0.5, 1.0], [0.1, 0]])),
+            "verdict": jnp.array([0, 1]),
+            "period": jnp.array([0, 3]),
+            "moved": two,
+            **dict.fromkeys(
+                ("start_residual", "start_score", "start_distance"), jnp.eye(2)
+            ),
+            "tolerance": jnp.array(1e-3),
+        },
         "GradientReport": {
             "names": ("one", "<two>"),
             "reference": "dense",
@@ -86,6 +97,7 @@ REPORTS = [
     "ContractionReport",
     "LipschitzReport",
     "CouplingReport",
+    "DepthReport",
     "SolverReport",
     "GradientReport",
 ]
