@@ -1,0 +1,1 @@
+"""What several benchmark programs share."""

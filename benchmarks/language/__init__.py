@@ -1,0 +1,1 @@
+"""Train language models: reversible DEQ, DEQ-Transformer, explicit transformer."""

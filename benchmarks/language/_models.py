@@ -1,0 +1,93 @@
+"""The models in one interface, sized to equal numbers of parameters."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+import deqjax
+from deqjax.nn import DEQTransformerLM, RevDEQLM, TransformerLM, count_parameters
+
+from ._config import Config
+
+
+def make_model(config: Config, vocab_size: int) -> eqx.Module:
+    """The untrained model.
+
+    `config.hidden` is the width of the RevDEQ's MLP. The hidden layers of the other
+    models get the width with which their parameters are nearest to the RevDEQ's.
+    """
+    key = jr.key(config.seed)
+    hidden = config.hidden
+    if config.model != "revdeq":
+        hidden = equal_width(config, vocab_size)
+    return eqx.filter_jit(_make)(config, vocab_size, hidden, key)
+
+
+def equal_width(config: Config, vocab_size: int) -> int:
+    """The hidden width that gives a model as many parameters as the RevDEQ has."""
+    reversible = dataclasses.replace(config, model="revdeq")
+    target = _size(reversible, vocab_size, config.hidden)
+    # The number of parameters is linear in the width.
+    low, high = (_size(config, vocab_size, width) for width in (1, 2))
+    return max(round((target - low) / (high - low)) + 1, 1)
+
+
+def _size(config: Config, vocab_size: int, hidden: int) -> int:
+    shapes = eqx.filter_eval_shape(_make, config, vocab_size, hidden, jr.key(0))
+    return count_parameters(shapes)
+
+
+def _make(config: Config, vocab_size: int, hidden: int, key: PRNGKeyArray) -> Any:
+    if config.model == "deq":
+        return DEQTransformerLM(
+            vocab_size,
+            config.dim,
+            config.heads,
+            hidden,
+            solver=deqjax.Broyden(1e-2, batch_ndim=1),
+            adjoint=deqjax.ImplicitAdjoint(),
+            max_steps=12,
+            scale=0.02,
+            key=key,
+        )
+    sizes = {"max_length": config.length, "hidden": hidden, "key": key}
+    if config.model == "explicit":
+        return TransformerLM(
+            vocab_size, config.dim, config.heads, config.layers, **sizes
+        )
+    solver = deqjax.Reversible(None, None, beta=config.beta, batch_ndim=1)
+    return RevDEQLM(
+        vocab_size,
+        config.dim,
+        config.heads,
+        solver=solver,
+        adjoint=deqjax.ReversibleAdjoint(),
+        max_steps=config.solver_steps,
+        **sizes,
+    )
+
+
+def token_nll(
+    model: Any, windows: Int[Array, "batch length_1"]
+) -> tuple[Float[Array, "batch length"], Float[Array, " batch"]]:
+    """−log p in nats of each token after the first, and evaluations per sequence."""
+    tokens, targets = windows[:, :-1], windows[:, 1:]
+    count = lambda sol: rows * jax.lax.stop_gradient(sol.stats["num_evals"])
+    rows = jnp.ones(tokens.shape[0], jnp.float32)
+    if isinstance(model, DEQTransformerLM):
+        sol, _ = model.solve(tokens)
+        nll = model.nll(sol.value, targets)
+        return nll.astype(jnp.float32), count(sol)
+    if isinstance(model, RevDEQLM):
+        sol = model.solve(tokens)
+        logits, evals = model.logits(sol.value), count(sol)
+    else:
+        logits, evals = model(tokens), rows * len(model.layers)
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    return loss(logits.astype(jnp.float32), targets), evals
