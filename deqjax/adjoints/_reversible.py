@@ -289,7 +289,10 @@ def _backward(
     )
     gradient = with_start(g_moving, found.start)
     k = solver.batch_ndim
-    size = jnp.maximum(_tree.max_abs(z0, k), _tree.max_abs(z, k))
+    # One maximum over both: XLA would take that of a constant z₀ while it compiles,
+    # which lasts for seconds where z is large.
+    larger = lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b))
+    size = _tree.max_abs(jtu.tree_map(larger, z0, z), k)
     bad = ~(found.drift <= plan.drift_tol * size)
     if plan.on_drift == "recompute":
         again = lambda: _recompute(theta, cts, tape, perturbed, rest)
