@@ -1,1 +1,1 @@
-"""Recurrent depth on generated reasoning tasks, differentiated in four ways."""
+"""Recurrent depth on generated reasoning tasks, trained in four ways."""

@@ -1,14 +1,16 @@
-"""The model of the sequence tasks: an embedding, an iterated cell, a read-out."""
+"""The models: an embedding, a cell that is iterated, and a linear read-out."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.scipy as jsp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ._sudoku import UNITS
 
 States = Float[Array, "batch length width"]
 
@@ -50,43 +52,47 @@ class LoopModel(eqx.Module):
         return everywhere(self.head)(z)
 
 
-class LocalCell(eqx.Module):
-    """A gated layer that sees the states of a position's neighbours, and its input.
+class GatedCell(eqx.Module):
+    """A gated layer that sees, at each position, its state, others', and its input.
 
-    f(z, x) = norm(x + W (silu(G u) ⊙ V u)), u = (z at the offsets, x).
+    f(z, x) = norm(x + W (silu(G u) ⊙ V u)), where u holds what `look` sees of z,
+    and x.
     """
 
     gate: eqx.nn.Linear
     value: eqx.nn.Linear
     output: eqx.nn.Linear
     norm: eqx.nn.RMSNorm
-    offsets: tuple[int, ...] = eqx.field(static=True)
+    look: str = eqx.field(static=True)
 
-    def __init__(
-        self, width: int, hidden: int, offsets: tuple[int, ...], *, key: PRNGKeyArray
-    ):
+    def __init__(self, width: int, hidden: int, look: str, *, key: PRNGKeyArray):
+        """Look `"left"` (at the left neighbour), or at the `"units"` of a sudoku."""
         key1, key2, key3 = jr.split(key, 3)
-        seen = width * (len(offsets) + 1)
+        seen = width * (len(LOOKS[look]) + 2)
         self.gate = eqx.nn.Linear(seen, hidden, key=key1)
         self.value = eqx.nn.Linear(seen, hidden, key=key2)
         self.output = eqx.nn.Linear(hidden, width, use_bias=False, key=key3)
         self.norm = eqx.nn.RMSNorm(width)
-        self.offsets = offsets
+        self.look = look
 
     def __call__(self, z: States, x: States) -> States:
-        seen = jnp.concatenate([*(shift(z, n) for n in self.offsets), x], axis=-1)
-        linear = lambda layer, u: u @ layer.weight.T + (
-            0 if layer.bias is None else layer.bias
-        )
-        inner = jax.nn.silu(linear(self.gate, seen)) * linear(self.value, seen)
-        return everywhere(self.norm)(x + linear(self.output, inner))
+        others = (see(z) for see in LOOKS[self.look])
+        u = jnp.concatenate([z, *others, x], axis=-1)
+        inner = jax.nn.silu(_linear(self.gate, u)) * _linear(self.value, u)
+        return everywhere(self.norm)(x + _linear(self.output, inner))
+
+
+def _linear(layer: eqx.nn.Linear, u: States) -> States:
+    """One product for all positions."""
+    y = u @ layer.weight.T
+    return y if layer.bias is None else y + layer.bias
 
 
 class OrthogonalShift(eqx.Module):
     """Every node takes its left neighbour's state, turned by an orthogonal matrix.
 
-    f(z, x)ᵢ = zᵢ₋₁ exp(A − Aᵀ) for i > 0, and x₀ at the first node, so that neither
-    states nor gradients grow or shrink on their way.
+    f(z, x)ᵢ = zᵢ₋₁ exp(A − Aᵀ) + xᵢ, so that neither states nor gradients grow or
+    shrink on their way.
     """
 
     generator: Float[Array, "width width"]
@@ -96,14 +102,23 @@ class OrthogonalShift(eqx.Module):
 
     def __call__(self, z: States, x: States) -> States:
         turn = jsp.linalg.expm(self.generator - self.generator.T)
-        return shift(z, -1) @ turn + x
+        return from_left(z) @ turn + x
 
 
-def shift(z: States, offset: int) -> States:
-    """At every position the state at that offset, zero beyond the ends."""
-    if offset == 0:
-        return z
-    zeros = jnp.zeros_like(z[:, : abs(offset)])
-    if offset < 0:
-        return jnp.concatenate([zeros, z[:, :offset]], axis=1)
-    return jnp.concatenate([z[:, offset:], zeros], axis=1)
+def from_left(z: States) -> States:
+    """The state of every position's left neighbour; zero at the first."""
+    return jnp.concatenate([jnp.zeros_like(z[:, :1]), z[:, :-1]], axis=1)
+
+
+def _mean_of(unit: tuple[int, ...]) -> Callable[[States], States]:
+    """The mean state of every cell's row, column or box."""
+    number = np.array(unit)
+    weights = (number[:, None] == number).astype(np.float32) / 4
+
+    return lambda z: jnp.einsum("ij,bjw->biw", weights, z)
+
+
+LOOKS: dict[str, tuple[Callable[[States], States], ...]] = {
+    "left": (from_left,),
+    "units": tuple(map(_mean_of, UNITS)),
+}

@@ -3,23 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import deqjax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._config import Config
+import deqjax
 
-TITLES = {
-    "one-step": "one-step gradient",
-    "last-k": "last k steps",
-    "exact": "exact, all steps",
-    "stack": "stack without loop",
-}
+from ._cells import LoopModel
+from ._config import Config
 
 
 def adjoint_of(config: Config, way: str) -> Any:
@@ -51,71 +45,64 @@ class Looped(eqx.Module):
         way: what an update differentiates.
     """
 
-    model: Any
+    model: LoopModel
     config: Config = eqx.field(static=True)
     way: str = eqx.field(static=True)
 
-    def state(self, inputs: Array, budget: Array | None = None) -> PyTree:
-        """The state after the steps of training, or after the first `budget`."""
+    def __call__(self, inputs: Array) -> Array:
+        """The answers after the steps of training."""
         x = self.model.inject(inputs)
-        return deqjax.fixed_point(
+        z = deqjax.fixed_point(
             apply_cell,
             self.model.initial_state(x),
             (self.model.cell, x),
             solver=solver_of(self.config),
             adjoint=adjoint_of(self.config, self.way),
             max_steps=self.config.steps,
-            options=None if budget is None else {"step_budget": budget},
         ).value
+        return self.model.logits(z)
 
 
 class Stack(eqx.Module):
-    """The same model with a cell of its own for each of its layers.
+    """The same model with a cell of its own for each evaluation of the loop.
 
     z ← (1 − β) z + β f_l(z, x), each layer recomputed in the backward pass.
+
+    Attributes:
+        model: embedding and read-out.
+        cell: the layers' cells, along the first axis of their arrays.
+        beta: β.
     """
 
-    model: Any
-    cells: Any
-    config: Config = eqx.field(static=True)
+    model: LoopModel
+    cell: PyTree
+    beta: float = eqx.field(static=True)
 
-    @property
-    def num_layers(self) -> int:
-        """As many layers as the loop has evaluations, or one."""
-        return num_layers(self.config)
-
-    def states(self, inputs: Array) -> tuple[PyTree, PyTree]:
-        """The last state, and those after every layer."""
+    def __call__(self, inputs: Array) -> Array:
+        """The answers after all layers: a stack has one depth."""
         x = self.model.inject(inputs)
-        arrays, static = eqx.partition(self.cells, eqx.is_array)
-        beta = self.config.beta if self.num_layers > 1 else 1.0
+        arrays, static = eqx.partition(self.cell, eqx.is_array)
 
         @jax.checkpoint
-        def layer(z: PyTree, arrays: PyTree) -> tuple[PyTree, PyTree]:
+        def layer(z: PyTree, arrays: PyTree) -> tuple[PyTree, None]:
             f = eqx.combine(arrays, static)(z, x)
-            z = jtu.tree_map(lambda a, b: (1 - beta) * a + beta * b, z, f)
-            return z, z
+            relax = lambda a, b: (1 - self.beta) * a + self.beta * b
+            return jtu.tree_map(relax, z, f), None
 
-        return lax.scan(layer, self.model.initial_state(x), arrays)
-
-    def state(self, inputs: Array, budget: Array | None = None) -> PyTree:
-        """The state after all layers: a stack has one depth."""
-        return self.states(inputs)[0]
-
-
-def num_layers(config: Config) -> int:
-    """Layers of the stack."""
-    return 2 * config.steps if config.stack == "evaluations" else 1
+        z, _ = lax.scan(layer, self.model.initial_state(x), arrays)
+        return self.model.logits(z)
 
 
 def build(
-    make: Callable[[PRNGKeyArray], Any], config: Config, way: str, key: PRNGKeyArray
+    make: Callable[[PRNGKeyArray], LoopModel],
+    config: Config,
+    way: str,
+    key: PRNGKeyArray,
 ) -> Looped | Stack:
-    """The untrained model of a way; equal keys give equal embeddings and first cells."""
+    """The untrained model of a way; the same key gives the same embedding and head."""
     model = make(key)
     if way != "stack":
         return Looped(model, config, way)
-    keys = jr.split(key, num_layers(config)).at[0].set(key)
-    cells = eqx.filter_vmap(lambda key: make(key).cell)(keys)
+    cells = eqx.filter_vmap(lambda key: make(key).cell)(jr.split(key, 2 * config.steps))
     # The model keeps no cell of its own, which would be counted.
-    return Stack(eqx.tree_at(lambda m: m.cell, model, None), cells, config)
+    return Stack(eqx.tree_at(lambda m: m.cell, model, None), cells, config.beta)
