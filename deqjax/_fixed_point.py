@@ -85,7 +85,8 @@ def fixed_point(
           solvers alone: optimistix does not count those of its own);
         - `residual`: ‖fn(value) − value‖₂ per problem, and `relative_residual`, that
           over ‖fn(value)‖₂; of the iterate evaluated last for a solve without a test;
-        - `converged` per problem;
+        - `converged` per problem: whether the test was passed; False where none is
+          made;
         - `residual_history`, if recorded: shape (max_steps, *batch), NaN after the end;
           for a solver of optimistix, of the points whose evaluation it hands out.
 

@@ -55,7 +55,7 @@ def training(rows: Rows) -> list[str]:
         for row in rows
         if row["case"].startswith("gradient") and "failure" in row
     ]
-    return [*lines, *_grid(head, body)]
+    return [*lines, *_grid(head, body)] if body else lines
 
 
 def gradients(rows: Rows) -> list[str]:
@@ -94,6 +94,8 @@ def solvers(rows: Rows) -> list[str]:
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "checks": checks,
+    # Recorded with JAX_DEFAULT_MATMUL_PRECISION=highest.
+    "checks-full-precision": checks,
     "training": training,
     "gradients": gradients,
     "solvers": solvers,

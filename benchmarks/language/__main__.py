@@ -86,6 +86,18 @@ def make_parser() -> argparse.ArgumentParser:
         "words, from --data-dir). Default: stdlib",
     )
     add("--data-dir", metavar="DIR", help="holds wiki.train.tokens, wiki.valid.tokens")
+    add(
+        "--tokens",
+        metavar="KIND",
+        help="bytes, words, or the path of a tokenizer.json (which takes the library "
+        "tokenizers). Default: bytes; words of wikitext-103",
+    )
+    add(
+        "--min-count",
+        type=_count,
+        metavar="N",
+        help="words that occur less often become <unk>. Default: 1",
+    )
     model = parser.add_argument_group("model").add_argument
     model("--dim", type=_count, metavar="N", help="width of the model")
     model("--heads", type=_count, metavar="N", help="attention heads; divide --dim")
@@ -100,6 +112,13 @@ def make_parser() -> argparse.ArgumentParser:
     fit("--accumulate", type=_count, metavar="N", help="parts of a batch, in turn")
     fit("--lr", type=_positive, metavar="R", help="highest learning rate of AdamW")
     fit("--cell-rate", type=_positive, metavar="R", help="its factor for the cell")
+    fit(
+        "--schedule",
+        choices=training.SHAPES,
+        help="of the learning rate; plateau: halved when the training loss, averaged "
+        "over 100 steps, has not improved --patience times",
+    )
+    fit("--patience", type=_count, metavar="N", help="see --schedule. Default: 10")
     fit("--warmup", type=_share, metavar="R", help="share of steps of the warm-up")
     fit("--weight-decay", type=_not_negative, metavar="R", help="AdamW's weight decay")
     fit("--ema", type=_share, metavar="R", help="decay of a parameter average")
@@ -109,12 +128,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="bf16: products of linear layers in bfloat16, all else in float32",
     )
     fit("--mesh", metavar="AXES", help="devices, for example data=4,fsdp=2")
+    fit(
+        "--processes",
+        metavar="WHERE",
+        help="join the other processes of this run: auto (Slurm, TPU pods), or "
+        "HOST:PORT,INDEX/COUNT",
+    )
     fit("--seed", type=_natural, metavar="N", help="of parameters and batches")
     out = parser.add_argument_group("output").add_argument
     out("--eval-every", type=_count, metavar="N", help="steps between evaluations")
     out("--eval-windows", type=_count, metavar="N", help="sequences of an evaluation")
     out("--save-every", type=_natural, metavar="N", help="steps between checkpoints")
     out("--keep", type=_count, metavar="N", help="latest checkpoints that are kept")
+    out(
+        "--tensorboard",
+        action="store_true",
+        help="event files for TensorBoard, too (takes the library tensorboardX)",
+    )
     out(
         "--progress",
         choices=("auto", "bar", "lines", "off"),
@@ -129,9 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(make_parser().parse_args(argv))
     output, resume = given.pop("output"), given.pop("resume")
     progress = given.pop("progress")
+    processes = given.pop("processes", None)
     config = Config(**{**preset_fields(given["preset"]), **given})
     try:
+        if processes is not None:
+            training.join_processes(processes)
         result, report = train(config, output, resume=resume, progress=progress)
+    except training.ProcessError as error:
+        print(f"error: --processes: {error}", file=sys.stderr)
+        return 2
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -148,10 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 128 + result.stopped_by
+    if not training.is_main():
+        return 0
     print(f"model: {TITLES[config.model]}, {report['parameters']:,} parameters")
     print(f"tokens per second: {report['tokens_per_second']:.0f} ({report['device']})")
     print(f"results: {output}")
     print(f"perplexity per token: {report['perplexity']:.3f}")
+    print(f"perplexity per word: {report['word_perplexity']:.4g}")
     print(f"bits per byte: {report['bits_per_byte']:.4f}")
     return 0
 

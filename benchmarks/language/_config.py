@@ -20,6 +20,8 @@ class Config:
     model: str
     data: str
     data_dir: str | None
+    tokens: str | None
+    min_count: int
     dim: int
     heads: int
     hidden: int
@@ -32,6 +34,8 @@ class Config:
     steps: int
     lr: float
     cell_rate: float
+    schedule: str
+    patience: int
     warmup: float
     weight_decay: float
     ema: float | None
@@ -42,6 +46,7 @@ class Config:
     eval_windows: int
     save_every: int
     keep: int
+    tensorboard: bool
 
     def to_json(self) -> dict[str, Any]:
         """The choices as JSON knows them."""
@@ -52,11 +57,15 @@ _COMMON: dict[str, Any] = {
     "model": "revdeq",
     "data": "stdlib",
     "data_dir": None,
+    "tokens": None,
+    "min_count": 1,
     "layers": 3,
     "solver_steps": 4,
     "beta": 0.5,
     "accumulate": 1,
     "cell_rate": 1.0,
+    "schedule": "cosine",
+    "patience": 10,
     "warmup": 0.1,
     "weight_decay": 0.01,
     "ema": None,
@@ -65,19 +74,20 @@ _COMMON: dict[str, Any] = {
     "seed": 0,
     "save_every": 0,
     "keep": 2,
+    "tensorboard": False,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "dim": 96,
         "heads": 4,
         "hidden": 192,
-        "length": 128,
+        "length": 64,
         "batch_size": 8,
-        "steps": 1500,
+        "steps": 5000,
         "lr": 3e-3,
         "solver_steps": 2,
-        "eval_every": 250,
-        "eval_windows": 512,
+        "eval_every": 500,
+        "eval_windows": 1024,
     },
     "small": {
         "dim": 512,
@@ -116,8 +126,8 @@ def output_paths(output: Path) -> dict[str, Path]:
     """The files of a run by what they hold."""
     return {
         "config": output / "config.json",
-        "vocabulary": output / "vocabulary.json",
         "metrics": output / "metrics.jsonl",
+        "events": output / "tensorboard",
         "checkpoints": output / "checkpoints",
         "figure": output / "figure.png",
         "results": output / "results.json",

@@ -1,6 +1,5 @@
-"""Text as tokens: the standard library's sources, any files, or WikiText-103."""
+"""Text: the standard library's sources, any files, or WikiText-103."""
 
-import collections
 import dataclasses
 import sysconfig
 import zlib
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ._errors import UsageError
+from ._tokens import Tokens, make_tokenizer
 
 # Directories of the standard library whose files are no ordinary source text.
 _LEFT_OUT = {
@@ -30,53 +30,73 @@ class Corpus:
         name: of the data.
         train: tokens.
         valid: tokens of other files than those of `train`.
-        token_bytes: how many bytes of text each token of the vocabulary stands for.
-        vocabulary: the words; None: tokens are bytes.
+        vocab_size: tokens in the vocabulary.
+        files: what has to be kept to read a model's output, by the name of the file.
     """
 
     name: str
     train: np.ndarray
-    valid: np.ndarray
-    token_bytes: np.ndarray
-    vocabulary: list[str] | None
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens in the vocabulary."""
-        return len(self.token_bytes)
+    valid: Tokens
+    vocab_size: int
+    files: dict[str, str]
 
 
-def load_corpus(data: str, data_dir: Path | None, length: int) -> Corpus:
+def load_corpus(
+    data: str,
+    data_dir: Path | None,
+    length: int,
+    *,
+    tokens: str | None = None,
+    least: int = 1,
+) -> Corpus:
     """The corpus that `--data` names.
+
+    Args:
+        data: `"stdlib"`, `"wikitext-103"`, or the path of a file or directory.
+        data_dir: where WikiText-103 lies.
+        length: of a sequence, of which each part has to hold one.
+        tokens: see `make_tokenizer`; None: words of WikiText, bytes of other text.
+        least: how often a word has to occur to be a token.
 
     Raises:
         UsageError: if it is missing, empty or unreadable.
     """
-    if data == "wikitext-103":
+    is_wikitext = data == "wikitext-103"
+    if is_wikitext:
         if data_dir is None:
             raise UsageError(
                 "--data-dir: missing; --data wikitext-103 is read from disk, so give "
                 "the directory that holds wiki.train.tokens and wiki.valid.tokens"
             )
-        corpus = _load_wikitext(data_dir)
+        name, train, valid = "WikiText-103", *_read_wikitext(data_dir)
     else:
         if data_dir is not None:
             raise UsageError(
                 f"--data-dir: of no use with --data {data}; leave it out, or add "
                 "--data wikitext-103"
             )
-        corpus = _load_bytes(data)
-    for name, tokens in (("training", corpus.train), ("validation", corpus.valid)):
-        if len(tokens) < length + 1:
+        name, train, valid = _read_text(data)
+    kind = tokens or ("words" if is_wikitext else "bytes")
+    tokenizer = make_tokenizer(kind, train, least=least, lines_are_words=is_wikitext)
+    parts = tokenizer.encode(train).ids, tokenizer.encode(valid)
+    corpus = Corpus(name, *parts, tokenizer.vocab_size, tokenizer.files())
+    for part, ids in (("training", corpus.train), ("validation", corpus.valid.ids)):
+        if len(ids) < length + 1:
             raise UsageError(
-                f"--data: the {name} text of {corpus.name} has {len(tokens)} tokens, "
+                f"--data: the {part} text of {corpus.name} has {len(ids)} tokens, "
                 f"fewer than the {length + 1} of one sequence; give more text, or a "
                 "smaller --length"
+            )
+        if int(ids.max()) >= corpus.vocab_size:
+            raise UsageError(
+                f"--tokens: {kind} gives token {ids.max()}, but its vocabulary has "
+                f"only {corpus.vocab_size}; use a tokenizer.json that is complete"
             )
     return corpus
 
 
-def _load_bytes(data: str) -> Corpus:
+def _read_text(data: str) -> tuple[str, bytes, bytes]:
+    """The name of a text, and its parts for training and for validation."""
     if data == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         found = sorted(
@@ -88,7 +108,7 @@ def _load_bytes(data: str) -> Corpus:
     else:
         root, name = Path(data).expanduser(), data
         if root.is_file():
-            return _split_file(root)
+            return name, *_split(_read(root), name)
         if not root.is_dir():
             raise UsageError(
                 f"--data: {data} is neither a file nor a directory; give one of text, "
@@ -107,26 +127,18 @@ def _load_bytes(data: str) -> Corpus:
     if sum(map(len, parts[False])) == 0 or sum(map(len, parts[True])) == 0:
         if not found:
             raise UsageError(f"--data: {name} holds no files; give a text file")
-        everything = b"".join(parts[False] + parts[True])
-        return _split(everything, name)
-    return _byte_corpus(name, b"".join(parts[False]), b"".join(parts[True]))
+        return name, *_split(b"".join(parts[False] + parts[True]), name)
+    return name, b"".join(parts[False]), b"".join(parts[True])
 
 
-def _split_file(path: Path) -> Corpus:
-    return _split(_read(path), str(path))
-
-
-def _split(text: bytes, name: str) -> Corpus:
+def _split(text: bytes, name: str) -> tuple[bytes, bytes]:
     """The last part of a text is held out."""
     if not text:
         raise UsageError(f"--data: {name} is empty; give a text file with content")
     cut = len(text) - max(len(text) // _VALID_SHARE, 1)
-    return _byte_corpus(name, text[:cut], text[cut:])
-
-
-def _byte_corpus(name: str, train: bytes, valid: bytes) -> Corpus:
-    tokens = lambda text: np.frombuffer(text, np.uint8)
-    return Corpus(name, tokens(train), tokens(valid), np.ones(256, np.int32), None)
+    while cut > 0 and text[cut] & 0xC0 == 0x80:  # inside a character of UTF-8
+        cut -= 1
+    return text[:cut], text[cut:]
 
 
 def _read(path: Path) -> bytes:
@@ -136,9 +148,9 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"--data: cannot read {path}: {error.strerror}") from error
 
 
-def _load_wikitext(directory: Path) -> Corpus:
-    """The official token files; the vocabulary is that of the training text."""
-    texts = {}
+def _read_wikitext(directory: Path) -> tuple[bytes, bytes]:
+    """The official token files."""
+    texts = []
     for part in ("train", "valid"):
         path = directory / f"wiki.{part}.tokens"
         if not path.is_file():
@@ -146,36 +158,10 @@ def _load_wikitext(directory: Path) -> Corpus:
                 f"--data-dir: {path} does not exist; the directory must hold "
                 "wiki.train.tokens and wiki.valid.tokens, unpacked"
             )
-        try:
-            texts[part] = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--data-dir: cannot read {path}: {error}") from error
-    words = {part: _words(text) for part, text in texts.items()}
-    counts = collections.Counter(words["train"])
-    if not counts:
-        raise UsageError(f"--data-dir: {directory}/wiki.train.tokens is empty")
-    # By falling frequency, ties by spelling, as an adaptive softmax expects them.
-    vocabulary = sorted(counts, key=lambda word: (-counts[word], word))
-    index = {word: i for i, word in enumerate(vocabulary)}
-    unknown = index.get("<unk>")
-    missing = sorted(set(words["valid"]) - set(index))
-    if missing and unknown is None:
-        raise UsageError(
-            f"--data-dir: `{missing[0]}` of wiki.valid.tokens does not occur in "
-            "wiki.train.tokens, which has no <unk> either; the files do not belong "
-            "together"
-        )
-    encode = lambda part: np.array(
-        [index.get(word, unknown) for word in words[part]], np.int32
-    )
-    token_bytes = np.array([len(word.encode()) + 1 for word in vocabulary], np.int32)
-    token_bytes[index["<eos>"]] = 1
-    train, valid = encode("train"), encode("valid")
-    return Corpus("WikiText-103", train, valid, token_bytes, vocabulary)
-
-
-def _words(text: str) -> list[str]:
-    return [w for line in text.splitlines() for w in (*line.split(), "<eos>")]
+        texts.append(_read(path))
+        if not texts[-1].strip():
+            raise UsageError(f"--data-dir: {path} is empty; unpack it again")
+    return texts[0], texts[1]
 
 
 class TrainBatches:
@@ -194,25 +180,28 @@ class TrainBatches:
         return self._tokens[starts[:, None] + window].astype(np.int32)
 
 
-def valid_batches(
-    tokens: np.ndarray, batch_size: int, length: int, most: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Windows spread evenly over the validation text, at most `most` of them.
+class ValidWindows:
+    """Windows spread evenly over the validation text.
 
-    Returns:
-        Pairs of windows, of shape (batch, length + 1), and a weight of 0 or 1 for each
-        row: the last batch is filled up with rows of weight 0.
+    Attributes:
+        batches: pairs of windows, of shape (batch, length + 1), and a weight of 0 or 1
+            for each row: the last batch is filled up with rows of weight 0.
+        size: bytes of text that the predicted tokens stand for.
+        words: words that begin in them.
     """
-    count = min((len(tokens) - 1) // length, most)
-    last = len(tokens) - length - 1
-    starts = np.linspace(0, last, count).astype(np.int64)
-    rows = -(-count // batch_size) * batch_size
-    weights = (np.arange(rows) < count).astype(np.float32)
-    starts = np.resize(starts, rows)
-    windows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int32)
-    pairs = zip(
-        np.split(windows, rows // batch_size),
-        np.split(weights, rows // batch_size),
-        strict=True,
-    )
-    return list(pairs)
+
+    def __init__(self, tokens: Tokens, batch_size: int, length: int, most: int):
+        """Choose the windows, at most `most` of them."""
+        count = min((len(tokens.ids) - 1) // length, most)
+        last = len(tokens.ids) - length - 1
+        starts = np.linspace(0, last, count).astype(np.int64)
+        places = starts[:, None] + np.arange(length + 1)
+        self.size = int(tokens.sizes[places[:, 1:]].sum())
+        self.words = int(tokens.words[places[:, 1:]].sum())
+        rows = -(-count // batch_size) * batch_size
+        weights = (np.arange(rows) < count).astype(np.float32)
+        windows = tokens.ids[np.resize(places, (rows, length + 1))].astype(np.int32)
+        parts = rows // batch_size
+        self.batches = list(
+            zip(np.split(windows, parts), np.split(weights, parts), strict=True)
+        )

@@ -32,8 +32,18 @@ from ._metrics import (
     read_metrics as read_metrics,
     write_atomically as write_atomically,
 )
-from ._optimiser import Schedule as Schedule, make_optimiser as make_optimiser
+from ._optimiser import (
+    SHAPES as SHAPES,
+    Schedule as Schedule,
+    make_optimiser as make_optimiser,
+)
 from ._precision import cast_linear as cast_linear
+from ._processes import (
+    ProcessError as ProcessError,
+    agree as agree,
+    is_main as is_main,
+    join_processes as join_processes,
+)
 from ._progress import ProgressDisplay as ProgressDisplay
 from ._state import (
     TrainState as TrainState,

@@ -32,7 +32,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, *, keep: int = 2):
         self.directory = Path(directory).absolute()
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Errors are raised besides being logged.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         policy = _manager.AnyPreservationPolicy(
             [
                 _manager.LatestN(keep),

@@ -16,12 +16,14 @@ from ._errors import TrainingError
 from ._interrupts import Interrupts
 from ._mesh import Placement
 from ._metrics import MetricsLog
+from ._processes import agree
 from ._progress import ProgressDisplay
 from ._state import TrainState
 
 # So many steps may be on their way to the device before the loop waits for the first.
 _AHEAD = 4
 _MAX_SKIPPED_IN_ROW = 25
+_AGREE_EVERY = 10  # steps after which several processes ask one another
 
 
 class Batches(Protocol):
@@ -40,6 +42,8 @@ class FitResult:
         state: after the last step.
         metrics: of the last evaluation; empty if there was none.
         seconds: spent on steps and evaluations in this process, after the first step.
+        cpu_seconds: of all cores, spent in `seconds`.
+        compile_seconds: spent on the first step, which compiles.
         steps: taken in this process.
         stopped_by: the signal that ended it early, or None.
     """
@@ -47,6 +51,8 @@ class FitResult:
     state: TrainState
     metrics: dict[str, float]
     seconds: float
+    cpu_seconds: float
+    compile_seconds: float
     steps: int
     stopped_by: signal.Signals | None
 
@@ -92,7 +98,8 @@ def fit(
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
     latest: dict[str, float] = {}
     first = done = int(state.step)
-    start: float | None = None
+    begin = time.perf_counter()
+    start: tuple[float, float] | None = None
 
     def settle(limit: int) -> None:
         """Wait until at most `limit` steps are on their way."""
@@ -115,9 +122,17 @@ def fit(
             checkpoints.save(state, metrics)
 
     interrupts = Interrupts()
+    is_alone = jax.process_count() == 1
+
+    def should_stop() -> bool:
+        """Whether to stop now, at a step on which all processes agree."""
+        if is_alone:
+            return bool(interrupts)
+        return done % _AGREE_EVERY == 0 and agree(bool(interrupts))
+
     with interrupts.listening(), display.training(title, steps, done):
         display.note("compiling")
-        while done < steps and not interrupts:
+        while done < steps and not should_stop():
             batch = batches[done]
             if placement is not None:
                 batch = placement.put_batch(batch)
@@ -126,7 +141,7 @@ def fit(
             pending.append((done, metrics))
             if start is None:
                 jax.block_until_ready(metrics)
-                start = time.perf_counter()
+                start = _clocks()
             settle(_AHEAD)
             is_last = done == steps
             if evaluate is not None and (
@@ -147,9 +162,25 @@ def fit(
         save(None)
         if checkpoints is not None:
             checkpoints.wait()
-    seconds = 0.0 if start is None else time.perf_counter() - start
-    stopped_by = interrupts.received if done < steps else None
-    return FitResult(state, latest, seconds, done - first, stopped_by)
+    end = _clocks()
+    start = end if start is None else start
+    stopped_by = None
+    if done < steps:  # by a signal to this process or to another one
+        stopped_by = interrupts.received or signal.SIGTERM
+    return FitResult(
+        state,
+        latest,
+        seconds=end[0] - start[0],
+        cpu_seconds=end[1] - start[1],
+        compile_seconds=start[0] - begin,
+        steps=done - first,
+        stopped_by=stopped_by,
+    )
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds of wall time and of all cores."""
+    return time.perf_counter(), time.process_time()
 
 
 def _host(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Meshes of devices: where parameters, optimiser state and batches are kept."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 AXES = ("data", "fsdp")
 
@@ -94,19 +95,16 @@ class Placement:
 
     def put_state(self, tree: PyTree) -> PyTree:
         """The state, spread over the mesh."""
-        return jax.device_put(tree, self.of_state(tree))
+        if jax.process_count() == 1:
+            return jax.device_put(tree, self.of_state(tree))
+        return jtu.tree_map(_from_each_process, tree, self.of_state(tree))
 
     def put_batch(self, batch: PyTree) -> PyTree:
         """A batch of NumPy arrays, the first axis spread over the mesh.
 
         Each process holds the whole batch and uploads the rows of its own devices.
         """
-
-        def put(x: Any) -> jax.Array:
-            x = np.asarray(x)
-            return jax.make_array_from_callback(x.shape, self.batch, lambda i: x[i])
-
-        return jtu.tree_map(put, batch)
+        return jtu.tree_map(lambda x: _from_each_process(x, self.batch), batch)
 
     def check_batch(self, rows: int, accumulate: int = 1) -> None:
         """Refuse a batch whose parts the devices do not divide.
@@ -121,8 +119,41 @@ class Placement:
                 f"parts of --accumulate; choose {max(rows // unit, 1) * unit}"
             )
 
+    def mean_over_batch(self, fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """`fn(params, batch, key)`, which is a mean over the batch, on all devices.
+
+        Each device evaluates it on its own rows, with a key of its own, and the results
+        are averaged once. Left to the compiler, every step of a backward solve would
+        add up the gradient of the weights over the devices.
+        """
+        if self.is_single:
+            return fn
+
+        def local(params: PyTree, batch: PyTree, key: PRNGKeyArray) -> PyTree:
+            key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
+            return jax.lax.pmean(fn(params, batch, key), AXES)
+
+        whole, rows = PartitionSpec(), PartitionSpec(AXES)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(whole, rows, whole),
+            out_specs=whole,
+            check_vma=False,
+        )
+
     def gathered(self, params: PyTree) -> PyTree:
         """The parameters on every device, gathered once."""
         if self.mesh.shape["fsdp"] == 1:
             return params
         return jax.lax.with_sharding_constraint(params, self.replicated)
+
+
+def _from_each_process(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds as a whole, as one over all their devices."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _from_each_process(jax.random.key_data(x), sharding)
+        wrap = lambda d: jax.random.wrap_key_data(d, impl=jax.random.key_impl(x))
+        return jax.jit(wrap, out_shardings=sharding)(data)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])

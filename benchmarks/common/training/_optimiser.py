@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, two learning rates, and non-finite steps skipped."""
+"""AdamW with its schedules, two learning rates, and non-finite steps skipped."""
 
 import dataclasses
 
@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
+import optax.contrib
 from jaxtyping import PyTree
 
 # `optax.apply_if_finite` lets a non-finite update through after so many in a row. None
 # shall pass: `fit` stops the run instead.
 _NEVER = 2**31 - 1
+
+SHAPES = ("cosine", "constant", "plateau")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Schedule:
         clip: global norm to which gradients are clipped.
         cell_rate: factor on the learning rate of cells, i.e. parameters below an
             attribute called `cell`.
+        shape: of the rate after the warm-up: `"cosine"`, `"constant"`, or `"plateau"`,
+            which halves it when the training loss has not improved.
+        patience: of `"plateau"`: after how many windows without improvement.
+        window: of `"plateau"`: steps over which the training loss is averaged.
     """
 
     learning_rate: float
@@ -38,12 +45,17 @@ class Schedule:
     beta2: float = 0.99
     clip: float = 1.0
     cell_rate: float = 1.0
+    shape: str = "cosine"
+    patience: int = 10
+    window: int = 100
 
     def rate(self) -> optax.Schedule:
-        """The learning rate as a function of the step."""
+        """The learning rate as a function of the step, without the halving."""
         peak = self.learning_rate
         warmup = min(max(round(self.warmup * self.steps), 1), self.steps)
         total = max(self.steps, warmup + 1)
+        if self.shape != "cosine":
+            return optax.linear_schedule(0.0, peak, warmup)
         return optax.warmup_cosine_decay_schedule(
             0.0, peak, warmup, total, peak * self.final
         )
@@ -51,6 +63,8 @@ class Schedule:
 
 def make_optimiser(schedule: Schedule) -> optax.GradientTransformation:
     """Clipping and AdamW; a step whose gradient is not finite changes nothing."""
+    if schedule.shape not in SHAPES:
+        raise ValueError(f"`shape` must be one of {SHAPES}; got {schedule.shape!r}.")
     matrices = lambda params: jtu.tree_map(lambda p: jnp.ndim(p) > 1, params)
     chain = optax.chain(
         optax.clip_by_global_norm(schedule.clip),
@@ -62,8 +76,18 @@ def make_optimiser(schedule: Schedule) -> optax.GradientTransformation:
         ),
         # AdamW's decay is decoupled, so scaling the update is another learning rate.
         optax.masked(optax.scale(schedule.cell_rate), _in_cell),
+        *_halving(schedule),
     )
     return optax.apply_if_finite(chain, max_consecutive_errors=_NEVER)
+
+
+def _halving(schedule: Schedule) -> tuple[optax.GradientTransformation, ...]:
+    if schedule.shape != "plateau":
+        return ()
+    reduce = optax.contrib.reduce_on_plateau(
+        factor=0.5, patience=schedule.patience, accumulation_size=schedule.window
+    )
+    return (reduce,)
 
 
 def _in_cell(params: PyTree) -> PyTree:

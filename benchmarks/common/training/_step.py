@@ -57,16 +57,14 @@ def make_step(
         return value, {"loss": value, **metrics}
 
     gradient = jax.grad(evaluate, has_aux=True)
+    optimiser = optax.with_extra_args_support(optimiser)
 
     def summed(
         params: PyTree, batch: PyTree, key: PRNGKeyArray
     ) -> tuple[PyTree, dict[str, Array]]:
         if accumulate == 1:
             return gradient(params, batch, key)
-        # Rows i, i + n, … make part i, so that every device keeps rows of every part.
-        parts = jtu.tree_map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
-        )
+        parts = jtu.tree_map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
         keys = jr.split(key, accumulate)
         first = jax.eval_shape(
             gradient, params, jtu.tree_map(lambda x: x[0], parts), key
@@ -80,13 +78,18 @@ def make_step(
         total, _ = jax.lax.scan(add, zeros, (parts, keys))
         return jtu.tree_map(lambda x: x / accumulate, total)
 
+    if placement is not None:
+        summed = placement.mean_over_batch(summed)
+
     @ft.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
         shards = None if placement is None else placement.of_state(state)
         params = state.params if placement is None else placement.gathered(state.params)
         grads, metrics = summed(params, batch, jr.fold_in(state.key, state.step))
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jtu.tree_leaves(grads)))
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimiser.update(
+            grads, state.opt_state, state.params, value=metrics["loss"]
+        )
         new = optax.apply_updates(state.params, updates)
         average = state.ema
         if average is not None and ema_decay is not None:

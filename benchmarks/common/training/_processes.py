@@ -1,0 +1,51 @@
+"""Several processes that train one model together."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class ProcessError(ValueError):
+    """Processes that cannot find one another; the message says why."""
+
+
+def join_processes(text: str) -> None:
+    """Join the processes of a run, before anything else is asked of JAX.
+
+    Args:
+        text: `"auto"` where JAX finds the others by itself (Slurm, TPU pods, MPI), or
+            `"HOST:PORT,INDEX/COUNT"`: the address of the first process, the number of
+            this one from 0, and how many there are.
+
+    Raises:
+        ProcessError: if the text is not of this form.
+    """
+    if text == "auto":
+        jax.distributed.initialize()
+        return
+    address, _, place = text.partition(",")
+    index, _, count = place.partition("/")
+    port = address.rpartition(":")[2]
+    if not (port.isdigit() and index.isdigit() and count.isdigit()):
+        raise ProcessError(
+            f"got {text!r}, but it must be `auto` or `HOST:PORT,INDEX/COUNT`, for "
+            "example localhost:9876,0/2"
+        )
+    if int(index) >= int(count):
+        raise ProcessError(
+            f"got {text!r}, but of {count} processes the last one is number "
+            f"{int(count) - 1}"
+        )
+    jax.distributed.initialize(address, int(count), int(index))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def agree(flag: bool) -> bool:
+    """Whether the flag is set in any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
