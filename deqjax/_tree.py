@@ -214,6 +214,13 @@ def _spread(a: Array, batch_ndim: int) -> bool:
     return any(axis is not None for axis in spec[batch_ndim:])
 
 
+def fill(value: Array, like: Array) -> Array:
+    """A number in every entry of an array that is sharded like another one."""
+    if _spread(like, 0):
+        return value + jnp.zeros_like(like)
+    return jnp.broadcast_to(value, like.shape)
+
+
 def _flat(a: Array, batch_ndim: int) -> Array:
     if a.ndim <= batch_ndim + 1 or a.size == 0 or _spread(a, batch_ndim):
         return a

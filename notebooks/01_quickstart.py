@@ -210,7 +210,7 @@ deq_report
 # and each update can be undone: from $z_{n+1}$ and $y_{n+1}$ one gets $z_n$, then
 # $y_n$. The forward pass records one byte of each number that it overwrites, by which
 # the backward pass repairs its rounding errors. The gradient is that of the steps
-# taken, near a fixed point or not, so that `converged` here only means *finite*.
+# taken, near a fixed point or not, whence nothing is tested.
 
 
 # %%

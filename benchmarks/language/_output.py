@@ -49,11 +49,7 @@ def check_output(output: Path, config: Config, resume: bool) -> bool:
             f"--output: {output} holds an earlier run; add --resume to continue it, or "
             "choose another directory"
         )
-    try:
-        found = json.loads(paths["config"].read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--resume: cannot read {paths['config']}: {error}") from error
-    wanted = config.to_json()
+    found, wanted = read_config(paths["config"])[0].to_json(), config.to_json()
     changed = [name for name in wanted if found.get(name) != wanted[name]]
     if changed:
         name = changed[0]
@@ -65,6 +61,19 @@ def check_output(output: Path, config: Config, resume: bool) -> bool:
     return True
 
 
+def read_config(path: Path) -> tuple[Config, dict[str, int]]:
+    """The configuration of a run and the sizes of its text.
+
+    Raises:
+        UsageError: if the file is missing or of another version of this program.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Config(**found["config"]), found["tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--resume: cannot read {path}: {error}") from error
+
+
 def prepare_output(output: Path, config: Config, corpus: Corpus, resume: bool) -> None:
     """Make the directory and record the configuration and the vocabulary.
 
@@ -73,7 +82,7 @@ def prepare_output(output: Path, config: Config, corpus: Corpus, resume: bool) -
     """
     paths = output_paths(output)
     if resume:
-        earlier = json.loads(paths["config"].read_text(encoding="utf-8"))["tokens"]
+        earlier = read_config(paths["config"])[1]
         if earlier != _sizes(corpus):
             raise UsageError(
                 f"--resume: the text has changed since the run began ({_sizes(corpus)} "

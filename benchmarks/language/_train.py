@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import deqjax
@@ -17,7 +18,7 @@ from ._config import TITLES, Config, output_paths
 from ._data import Corpus, TrainBatches, ValidWindows, load_corpus
 from ._errors import UsageError
 from ._models import make_model, token_nll
-from ._output import check_output, prepare_output, write_report
+from ._output import check_output, prepare_output, read_config, write_report
 
 
 def loss_fn(
@@ -82,6 +83,49 @@ def _dtype(config: Config) -> str:
     return {"float32": "float32", "bf16": "bfloat16"}[config.precision]
 
 
+def _make_optimiser(config: Config) -> optax.GradientTransformation:
+    return training.make_optimiser(
+        training.Schedule(
+            learning_rate=config.lr,
+            steps=config.steps,
+            warmup=config.warmup,
+            weight_decay=config.weight_decay,
+            cell_rate=config.cell_rate,
+            shape=config.schedule,
+            patience=config.patience,
+        )
+    )
+
+
+def _init_state(
+    config: Config, model: eqx.Module, optimiser: optax.GradientTransformation
+) -> tuple[training.TrainState, PyTree]:
+    key, average = jr.key(config.seed), config.ema is not None
+    return training.init_state(model, optimiser, key=key, ema=average)
+
+
+def load_run(directory: Path | str) -> tuple[Any, Config]:
+    """The model of a run after its latest checkpoint, and the run's configuration.
+
+    Args:
+        directory: that the run was given as `--output`.
+
+    Raises:
+        UsageError: if it is not the directory of a run.
+        CheckpointError: if no checkpoint can be read.
+    """
+    paths = output_paths(Path(directory))
+    config, sizes = read_config(paths["config"])
+    model = make_model(config, sizes["vocabulary"])
+    state, static = _init_state(config, model, _make_optimiser(config))
+    placement = training.Placement(training.make_mesh(None))
+    with training.Checkpoints(paths["checkpoints"], keep=config.keep) as checkpoints:
+        found = checkpoints.restore(placement.put_state(state))
+    if found is None:
+        raise UsageError(f"{directory} holds no checkpoint; train until it does")
+    return eqx.combine(training.best_params(found), static), config
+
+
 def train(
     config: Config, output: Path, *, resume: bool, progress: str
 ) -> tuple[training.FitResult, dict[str, Any]]:
@@ -110,20 +154,8 @@ def train(
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from error
     parameters = deqjax.nn.count_parameters(model)
-    optimiser = training.make_optimiser(
-        training.Schedule(
-            learning_rate=config.lr,
-            steps=config.steps,
-            warmup=config.warmup,
-            weight_decay=config.weight_decay,
-            cell_rate=config.cell_rate,
-            shape=config.schedule,
-            patience=config.patience,
-        )
-    )
-    state, static = training.init_state(
-        model, optimiser, key=jr.key(config.seed), ema=config.ema is not None
-    )
+    optimiser = _make_optimiser(config)
+    state, static = _init_state(config, model, optimiser)
     state = placement.put_state(state)
     if training.is_main():
         prepare_output(output, config, corpus, resume)

@@ -28,9 +28,10 @@ from .._upstream import Extras, Inputs
 from ..linear import GMRES
 from ..linear._base import AbstractIterative
 from ..solvers._base import AbstractSolver
+from ._detach import detach
 from ._forward_products import transpose
 from ._inverse import AbstractInverse, LinearSolve, negated
-from ._loop import SolverLoop, as_inputs, detach, solve
+from ._loop import SolverLoop, as_inputs, solve
 from ._shield import report, rescued, safe_point, silence, silence_aux
 from ._stats import BackwardStats, check_probe
 
@@ -206,7 +207,7 @@ def apply_implicit(
     probe: BackwardStats | None,
 ) -> PyTree:
     value, extras = _implicit(primal_fn, rewrite_fn, inputs, inverse, probe)
-    return value, tuple(detach(extras))
+    return value, tuple(detach(value, extras))
 
 
 @eqx.filter_custom_jvp

@@ -8,7 +8,6 @@ when every problem is done, whatever happens to a single one of them.
 from collections.abc import Callable
 from typing import Any, Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -23,7 +22,6 @@ from .._upstream import (
     Extras,
     Inputs,
     Static,
-    nondifferentiable_backward,
     unvmap_any,
     while_loop,
 )
@@ -227,20 +225,3 @@ def companion(extras: Extras) -> PyTree:
         return None
     tested = state.progress.value is not None
     return state.progress.value[0] if tested else state.companion
-
-
-def detach(extras: Extras, *, exact: PyTree = None) -> Extras:
-    """Refuse derivatives of everything that has none: all of the extras but aux.
-
-    Args:
-        extras: of a solve.
-        exact: the companion of the answer, where its derivative is that of the steps.
-    """
-    found = companion(extras)
-    rest = jtu.tree_map(nondifferentiable_backward, extras._replace(aux=None))
-    if found is not None:
-        if exact is None:
-            exact = jtu.tree_map(nondifferentiable_backward, found)
-        where = lambda e: e.dynamic_state.companion
-        rest = eqx.tree_at(where, rest, exact)
-    return rest._replace(aux=extras.aux)

@@ -16,9 +16,10 @@ from .._checks import check_beta, check_count, plain, whole
 from .._types import Flags, Map
 from .._upstream import Extras, Inputs
 from ._cotangents import constant, floating, materialise, none_like
+from ._detach import detach
 from ._implicit import batch_ndim_of, check_fixed_point
 from ._inverse import measured
-from ._loop import UNROLL, SolverLoop, as_inputs, detach, solve
+from ._loop import UNROLL, SolverLoop, as_inputs, solve
 from ._shield import report, safe_point, silence, silence_aux
 from ._stats import BackwardStats, check_probe
 
@@ -96,7 +97,7 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         theta = (named.fn, named.args, self.probe)
         rest, beta = constant((named._replace(fn=None, args=None), self.beta))
         value, extras = _phantom(theta, rest, self.num_steps, beta, primal_fn)
-        return value, tuple(detach(Extras(*extras)))
+        return value, tuple(detach(value, Extras(*extras)))
 
 
 @eqx.filter_custom_vjp

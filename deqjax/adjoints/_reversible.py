@@ -18,7 +18,8 @@ from .._steps import at_step
 from .._upstream import Extras, Inputs, unvmap_any
 from ..solvers._reversible import Reversible
 from ._cotangents import materialise, none_like
-from ._loop import as_inputs, companion, detach, solve
+from ._detach import detach
+from ._loop import as_inputs, companion, solve
 from ._stats import BackwardStats, check_probe
 from ._sweeps import ForwardSweep, Tape, add, last_evaluated, replay, reverse_sweep
 
@@ -155,7 +156,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
         )
         plan = _Plan(self.record_bits, self.on_drift, self.drift_tol)
         pair, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
-        return pair[1], tuple(detach(Extras(*extras), exact=pair[0]))
+        return pair[1], tuple(detach(pair[1], Extras(*extras), exact=pair[0]))
 
 
 class _Theta(eqx.Module):

@@ -10,7 +10,8 @@ from .._checks import check_count, whole
 from .._upstream import Inputs
 from ..solvers._base import AbstractSolver
 from ._cotangents import constant
-from ._loop import SolverLoop, as_inputs, companion, detach, solve
+from ._detach import detach
+from ._loop import SolverLoop, as_inputs, companion, solve
 from ._stats import BackwardStats, check_probe
 from ._truncated import reported, truncated
 
@@ -91,7 +92,7 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
             value, extras = truncated(
                 primal_fn, named, self.last, self.checkpoints, self.probe
             )
-            return value, tuple(detach(extras))
+            return value, tuple(detach(value, extras))
         loop = SolverLoop(named, "checkpointed", self.checkpoints)
         value, extras = solve(primal_fn, named, loop)
         if self.probe is not None:
@@ -105,7 +106,7 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
             out = reported(((value, aux), self.probe), constant(entries))
             value, aux = eqx.combine(out, fixed)
             extras = extras._replace(aux=aux)
-        return value, tuple(detach(extras, exact=companion(extras)))
+        return value, tuple(detach(value, extras, exact=companion(extras)))
 
 
 def _check_alone(inputs: Inputs) -> None:

@@ -45,7 +45,10 @@ def summary(sol: optx.Solution) -> str:
     lines = [("result", _result(sol.result))]
     if "converged" in stats:
         flags = np.asarray(stats["converged"])
-        lines.append(("converged", _converged(flags)))
+        # A solve without a test succeeds if it stays finite.
+        passed = np.asarray(sol.result == optx.RESULTS.successful)
+        untested = passed.all() and not flags.any()
+        lines.append(("converged", "not tested" if untested else _converged(flags)))
     for key, name in (("residual", "residual"), ("relative_residual", "relative")):
         if key in stats:
             lines.append((name, _spread(np.asarray(stats[key], np.float64))))

@@ -175,11 +175,10 @@ class AbstractAccelerated(
         result: optx.RESULTS,
     ) -> tuple[Y, Aux, dict[str, Any]]:
         best = state.progress
-        converged = jnp.isfinite(best.residual) if self.static else best.converged
         stats = statistics(
             best.residual,
             best.norm,
-            converged,
+            best.converged,
             best.num_steps,
             jnp.max(best.num_steps, initial=0),
         )

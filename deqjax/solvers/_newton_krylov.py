@@ -308,7 +308,7 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         stats = statistics(
             best.residual,
             best.norm,
-            ~best.failed if self.static else best.converged,
+            best.converged,
             best.num_steps,
             jnp.max(best.num_steps, initial=0),
         )

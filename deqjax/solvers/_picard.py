@@ -169,7 +169,7 @@ class Picard(AbstractSolver[Y, Aux, Any]):
         stats = statistics(
             residual,
             _tree.norm(lax.stop_gradient(f), self.batch_ndim),
-            _tree.all_finite(y, self.batch_ndim),
+            jnp.zeros_like(residual, dtype=bool),
             num_steps,
             state.num_steps,
         )

@@ -272,13 +272,10 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         result: optx.RESULTS,
     ) -> tuple[Y, Aux, dict[str, Any]]:
         best = state.progress
-        if self.static:
-            converged = _tree.all_finite(y, self.batch_ndim)
-        else:
-            converged = best.converged
+        if not self.static:
             (_, y), aux = best.value, best.aux
         stats = statistics(
-            best.residual, best.norm, converged, best.num_steps, state.num_evals
+            best.residual, best.norm, best.converged, best.num_steps, state.num_evals
         )
         return y, aux, stats
 

@@ -1,6 +1,7 @@
 """Meshes of devices: where parameters, optimiser state and batches are kept."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 AXES = ("data", "fsdp")
 
@@ -117,6 +118,29 @@ class Placement:
                 f"a batch of {rows} does not divide by {unit}, the devices times the "
                 f"parts of --accumulate; choose {max(rows // unit, 1) * unit}"
             )
+
+    def mean_over_batch(self, fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """`fn(params, batch, key)`, which is a mean over the batch, on all devices.
+
+        Each device evaluates it on its own rows, with a key of its own, and the results
+        are averaged once. Left to the compiler, every step of a backward solve would
+        add up the gradient of the weights over the devices.
+        """
+        if self.is_single:
+            return fn
+
+        def local(params: PyTree, batch: PyTree, key: PRNGKeyArray) -> PyTree:
+            key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
+            return jax.lax.pmean(fn(params, batch, key), AXES)
+
+        whole, rows = PartitionSpec(), PartitionSpec(AXES)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(whole, rows, whole),
+            out_specs=whole,
+            check_vma=False,
+        )
 
     def gathered(self, params: PyTree) -> PyTree:
         """The parameters on every device, gathered once."""

@@ -64,10 +64,7 @@ def make_step(
     ) -> tuple[PyTree, dict[str, Array]]:
         if accumulate == 1:
             return gradient(params, batch, key)
-        # Rows i, i + n, … make part i, so that every device keeps rows of every part.
-        parts = jtu.tree_map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
-        )
+        parts = jtu.tree_map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
         keys = jr.split(key, accumulate)
         first = jax.eval_shape(
             gradient, params, jtu.tree_map(lambda x: x[0], parts), key
@@ -80,6 +77,9 @@ def make_step(
 
         total, _ = jax.lax.scan(add, zeros, (parts, keys))
         return jtu.tree_map(lambda x: x / accumulate, total)
+
+    if placement is not None:
+        summed = placement.mean_over_batch(summed)
 
     @ft.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
