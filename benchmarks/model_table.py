@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import jax.random as jr
 
 import deqjax
-from deqjax.nn import (
+from deqjax.models import (
+    AbstractLanguageModel,
+    AbstractModel,
     DEQTransformerLM,
     ImplicitResNet,
     MDEQClassifier,
@@ -33,8 +35,8 @@ from deqjax.nn import (
     RevDEQClassifier,
     RevDEQLM,
     TransformerLM,
-    count_parameters,
 )
+from deqjax.nn import count_parameters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MEMORY = ROOT / "benchmarks" / "results" / "model-memory-cpu.json"
@@ -45,29 +47,28 @@ class Row(NamedTuple):
     """A configuration.
 
     Attributes:
-        make: `make(key=key)` makes it.
+        model: The class.
+        configuration: Its name there.
         inputs: The input of one example, in words.
         data: The shapes of one example's input and target.
-        run: `run(model, state, data, key)` returns a scalar loss of one example, and
-            its equilibria. `state` is that of batch norms, None where there are none.
         source: Where the configuration is from.
         cell: What of the model is evaluated again and again; None: nothing.
     """
 
-    make: Callable[..., Any]
+    model: type[AbstractModel]
+    configuration: str
     inputs: str
     data: Any
-    run: Callable[..., Any]
     source: str
     cell: Callable[[Any], Any]
 
     @property
     def name(self) -> str:
-        """How it is made, below `deqjax.nn`."""
-        return self.make.__qualname__
+        """Class and configuration."""
+        return f"{self.model.__name__}.{self.configuration}"
 
 
-# --- language models ------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------
 
 
 def tokens(length: int) -> tuple[Any, Any]:
@@ -76,61 +77,21 @@ def tokens(length: int) -> tuple[Any, Any]:
     return shape, shape
 
 
-def nll(logits: Any, targets: Any) -> Any:
-    """The mean of −log p of the targets; classes along the last axis."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
-def reversible_lm(model: Any, state: None, data: Any, key: Any) -> Any:
-    """`RevDEQLM`."""
-    sol = model.solve(data[0])
-    return nll(model.logits(sol.value), data[1]), sol.value
-
-
-def explicit_lm(model: Any, state: None, data: Any, key: Any) -> Any:
-    """`TransformerLM`."""
-    return nll(model(data[0]), data[1]), ()
-
-
-def adaptive_lm(model: Any, state: None, data: Any, key: Any) -> Any:
-    """`DEQTransformerLM`, whose softmax is adaptive."""
-    sol, _ = model.solve(data[0], key=key)
-    return jnp.mean(model.nll(sol.value, data[1], key=key)), sol.value
-
-
-# --- image models ---------------------------------------------------------------------
-
-
 def image(height: int, width: int, *labels: int) -> tuple[Any, Any]:
     """The shapes of one image, and of its label or labels."""
     shape = jax.ShapeDtypeStruct((1, 3, height, width), jnp.float32)
     return shape, jax.ShapeDtypeStruct((1, *labels), jnp.int32)
 
 
-def multiscale(model: Any, state: Any, data: Any, key: Any) -> Any:
-    """`MDEQClassifier` and `MDEQSegmenter`."""
-    sol, state = model.solve(data[0], state, key=key)
-    logits, _ = model.logits(sol.value, state)
-    return nll(jnp.moveaxis(logits, 1, -1), data[1]), sol.value
-
-
-def reversible_images(model: Any, state: Any, data: Any, key: Any) -> Any:
-    """`RevDEQClassifier`, with an equilibrium for each scale."""
-    features, sols, _ = model.solve(data[0], state)
-    return nll(model.logits(features), data[1]), [sol.value for sol in sols]
-
-
-def residual(model: Any, state: Any, data: Any, key: Any) -> Any:
-    """`ImplicitResNet`."""
-    sol, _ = model.solve(data[0], state, key=key)
-    return nll(model.logits(sol.value, key=key), data[1]), sol.value
-
-
-def monotone(model: Any, state: None, data: Any, key: Any) -> Any:
-    """`MonotoneClassifier`."""
-    sol = model.solve(data[0])
-    return nll(model.logits(sol.value), data[1]), sol.value
+def run(model: Any, state: Any, data: Any, key: Any) -> tuple[Any, Any]:
+    """The mean of −log p of one example's targets, and its equilibria."""
+    inputs, targets = data
+    sol, state = model.solve(inputs, state, key=key)
+    if isinstance(model, AbstractLanguageModel):
+        return jnp.mean(model.nll(sol.value, targets, key=key)), sol
+    logits, _ = model.logits(sol.value, state, key=key)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked), sol
 
 
 MCCALLUM = "McCallum et al. (2025)"
@@ -143,52 +104,51 @@ WIDE_STREETS = ("3 × 768 × 1024", image(768, 1024, 192, 256))
 DIGITS = jax.ShapeDtypeStruct((1, 784), jnp.float32), image(28, 28)[1]
 
 of_deq = lambda model: model.deq
-of_deqs = lambda model: model.deqs
 of_backbone = lambda model: model.backbone.deq
-of_operator = lambda model: model.layer.operator
-DEQ_2019 = (adaptive_lm, "Bai et al. (2019)", of_deq)
-DEQ_2021 = (adaptive_lm, "Bai et al. (2021)", of_deq)
-MULTISCALE = (multiscale, MDEQ, of_backbone)
-MONOTONE = (monotone, MONDEQ, of_operator)
 LONG = ("448 tokens", tokens(448))
-REVERSIBLE = (reversible_images, MCCALLUM, of_deqs)
+MONOTONE = (MONDEQ, lambda model: model.layer.operator)
+REVERSIBLE = (MCCALLUM, lambda model: model.deqs)
 
 ROWS = [
-    Row(RevDEQLM.wikitext103, *LONG, reversible_lm, MCCALLUM, of_deq),
+    Row(RevDEQLM, "wikitext103", *LONG, MCCALLUM, of_deq),
     Row(
-        TransformerLM.wikitext103,
+        TransformerLM,
+        "wikitext103",
         *LONG,
-        explicit_lm,
         "of equal size, for comparison",
         lambda model: None,
     ),
     Row(
-        DEQTransformerLM.wikitext103,
+        DEQTransformerLM,
+        "wikitext103",
         "150 tokens, memory of 150",
         tokens(150),
-        *DEQ_2019,
+        "Bai et al. (2019)",
+        of_deq,
     ),
     Row(
-        DEQTransformerLM.wikitext103_regularised,
+        DEQTransformerLM,
+        "wikitext103_regularised",
         "150 tokens, memory of 300",
         tokens(150),
-        *DEQ_2021,
+        "Bai et al. (2021)",
+        of_deq,
     ),
-    Row(MDEQClassifier.cifar10_tiny, *CIFAR, *MULTISCALE),
-    Row(MDEQClassifier.cifar10_large, *CIFAR, *MULTISCALE),
-    Row(MDEQClassifier.imagenet_small, *IMAGENET, *MULTISCALE),
-    Row(MDEQClassifier.imagenet_large, *IMAGENET, *MULTISCALE),
-    Row(MDEQSegmenter.cityscapes_small, *STREETS, *MULTISCALE),
-    Row(MDEQSegmenter.cityscapes_large, *STREETS, *MULTISCALE),
-    Row(MDEQSegmenter.cityscapes_xl, *WIDE_STREETS, *MULTISCALE),
-    Row(RevDEQClassifier.cifar10, *CIFAR, *REVERSIBLE),
-    Row(RevDEQClassifier.cifar10_single, *CIFAR, *REVERSIBLE),
-    Row(ImplicitResNet.cifar10, *CIFAR, residual, "Fung et al. (2022)", of_deq),
-    Row(MonotoneClassifier.mnist_dense, "784", DIGITS, *MONOTONE),
-    Row(MonotoneClassifier.cifar10_conv, *CIFAR, *MONOTONE),
-    Row(MonotoneClassifier.cifar10_tiers, *CIFAR, *MONOTONE),
-    Row(MonotoneClassifier.cifar10_conv_large, *CIFAR, *MONOTONE),
-    Row(MonotoneClassifier.cifar10_tiers_large, *CIFAR, *MONOTONE),
+    Row(MDEQClassifier, "cifar10_tiny", *CIFAR, MDEQ, of_backbone),
+    Row(MDEQClassifier, "cifar10_large", *CIFAR, MDEQ, of_backbone),
+    Row(MDEQClassifier, "imagenet_small", *IMAGENET, MDEQ, of_backbone),
+    Row(MDEQClassifier, "imagenet_large", *IMAGENET, MDEQ, of_backbone),
+    Row(MDEQSegmenter, "cityscapes_small", *STREETS, MDEQ, of_backbone),
+    Row(MDEQSegmenter, "cityscapes_large", *STREETS, MDEQ, of_backbone),
+    Row(MDEQSegmenter, "cityscapes_xl", *WIDE_STREETS, MDEQ, of_backbone),
+    Row(RevDEQClassifier, "cifar10", *CIFAR, *REVERSIBLE),
+    Row(RevDEQClassifier, "cifar10_single", *CIFAR, *REVERSIBLE),
+    Row(ImplicitResNet, "cifar10", *CIFAR, "Fung et al. (2022)", of_deq),
+    Row(MonotoneClassifier, "mnist_dense", "784", DIGITS, *MONOTONE),
+    Row(MonotoneClassifier, "cifar10_conv", *CIFAR, *MONOTONE),
+    Row(MonotoneClassifier, "cifar10_tiers", *CIFAR, *MONOTONE),
+    Row(MonotoneClassifier, "cifar10_conv_large", *CIFAR, *MONOTONE),
+    Row(MonotoneClassifier, "cifar10_tiers_large", *CIFAR, *MONOTONE),
 ]
 
 
@@ -197,7 +157,8 @@ ROWS = [
 
 def init(row: Row, key: Any, **settings: Any) -> tuple[Any, Any]:
     """The model, and the state of its batch norms (empty where it has none)."""
-    return eqx.nn.make_with_state(row.make)(key=key, **settings)
+    make = eqx.nn.make_with_state(row.model.published)
+    return make(row.configuration, key=key, **settings)
 
 
 @ft.cache
@@ -214,11 +175,15 @@ def count(row: Row) -> tuple[int, int]:
 
 def state_size(row: Row) -> int:
     """Entries of the equilibria of one example."""
-    _, equilibria = eqx.filter_eval_shape(row.run, *shapes(row), row.data, jr.key(0))
+    _, sol = eqx.filter_eval_shape(run, *shapes(row), row.data, jr.key(0))
+    if not row.cell(shapes(row)[0]):
+        return 0
+    # One equilibrium, one at each scale, or one solution for each of them.
+    equilibria = [s.value for s in sol.aux] if sol.aux else sol.value
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(equilibria))
 
 
-def gradient(row: Row, model: Any, state: Any) -> tuple[Callable, Any]:
+def gradient(model: Any, state: Any) -> tuple[Callable, Any]:
     """A function of arrays, and the arrays it takes beside data and key.
 
     It returns the loss of one example and its gradient.
@@ -226,16 +191,16 @@ def gradient(row: Row, model: Any, state: Any) -> tuple[Callable, Any]:
     moving, fixed = eqx.partition(model, _is_inexact)
     arrays, static = eqx.partition(state, _is_array)
 
-    def run(arrays: Any, data: Any, key: Any) -> Any:
+    def evaluate(arrays: Any, data: Any, key: Any) -> Any:
         moving, state = arrays
 
         def loss(moving: Any) -> Any:
             state_ = eqx.combine(state, static)
-            return row.run(eqx.combine(moving, fixed), state_, data, key)[0]
+            return run(eqx.combine(moving, fixed), state_, data, key)[0]
 
         return jax.value_and_grad(loss)(moving)
 
-    return run, (moving, arrays)
+    return evaluate, (moving, arrays)
 
 
 def memory(row: Row) -> int:
@@ -243,10 +208,10 @@ def memory(row: Row) -> int:
 
     By the compiler's own account.
     """
-    run, arrays = gradient(row, *shapes(row))
+    evaluate, arrays = gradient(*shapes(row))
     # Buffers are assigned before LLVM optimises, which takes half the time.
-    run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
-    compiled = run.lower(arrays, row.data, jr.key(0)).compile()
+    evaluate = jax.jit(evaluate, compiler_options={"xla_backend_optimization_level": 0})
+    compiled = evaluate.lower(arrays, row.data, jr.key(0)).compile()
     account = compiled.memory_analysis()
     if account is None:
         raise RuntimeError(f"{jax.default_backend()} gives no account of memory.")

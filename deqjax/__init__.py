@@ -4,6 +4,7 @@ from . import (
     adjoints as adjoints,
     diagnostics as diagnostics,
     linear as linear,
+    models as models,
     nn as nn,
     regularise as regularise,
     solvers as solvers,

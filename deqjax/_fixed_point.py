@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -15,11 +14,13 @@ from ._checks import canonical_weights, check_flag
 from ._fold import Traced, split, trace
 from ._programs import Programs
 from ._steps import Numbered
+from ._structure import plain, plain_within, rebuilt
 from ._tree import batch_shape
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint, UnrolledAdjoint
 from .solvers import Anderson, Picard, Reversible
 from .solvers._base import AbstractSolver, check_count
 from .solvers._foreign import KINDS, Foreign, adapt
+from .solvers._reversible import ReversibleState
 
 
 def fixed_point(
@@ -125,10 +126,11 @@ def fixed_point(
     _check_budget(solver, z0, options.get("step_budget"), has_aux)
     if not jtu.tree_leaves(z0):
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
-    iterate = (z0,) if first is None else (z0, first)
-    traced = _traced(fn, iterate, args, has_aux)
+    iterate = (plain(z0),) if first is None else (plain(z0), first)
+    traced, of_aux = _traced(fn, z0, iterate[1:], args, has_aux)
     # Arrays are inputs of the program; what the rest says is another program.
-    given = (solver, adjoint, options)
+    whole = jtu.tree_structure(z0)
+    given = plain_within((solver, adjoint, options), whole)
     arrays, fixed = eqx.partition(given, eqx.is_array)
     structures = tuple(jtu.tree_structure(t) for t in (iterate, traced.struct))
     statics = (fixed, tags, max_steps, structures)
@@ -140,12 +142,15 @@ def fixed_point(
         if isinstance(adjoint, ReversibleAdjoint) and _NO_FORWARD_MODE in str(error):
             raise TypeError(_REVERSE_ONLY) from error
         raise
-    if has_aux:
-        aux = eqx.combine(sol.aux, traced.static[1])
-        sol = eqx.tree_at(lambda s: s.aux, sol, aux, is_leaf=lambda x: x is None)
     if throw:
         sol = sol.result.error_if(sol, sol.result != optx.RESULTS.successful)
-    return sol
+    aux, state = sol.aux, sol.state
+    if has_aux:
+        aux = rebuilt(eqx.combine(aux, traced.static[1]), of_aux)
+    if isinstance(state, ReversibleState):
+        y = rebuilt(state.companion, whole)
+        state = ReversibleState(y, state.progress, state.num_evals)
+    return optx.Solution(rebuilt(sol.value, whole), sol.result, aux, sol.stats, state)
 
 
 # From the message of JAX for functions with a derivative rule for reverse mode alone.
@@ -159,28 +164,35 @@ _REVERSE_ONLY = (
 
 
 def _traced(
-    fn: Callable, iterate: tuple[PyTree, ...], args: PyTree, has_aux: bool
-) -> Traced:
+    fn: Callable, z0: PyTree, step: tuple[Array, ...], args: PyTree, has_aux: bool
+) -> tuple[Traced, Any]:
     """Call `fn` once, here; all else works on what it traced to.
 
-    The iterate is (z,), or (z, step) for a map that is told its step.
+    Also returns the structure of aux; `step` is empty for a map that is not told it.
     """
+    found = []
+    leaves, whole = jtu.tree_flatten(z0)
+    args_leaves, args_structure = jtu.tree_flatten(args)
 
-    def pair(iterate: tuple[PyTree, ...], args: PyTree) -> tuple[PyTree, PyTree]:
-        z, *step = iterate
-        out = fn(z, args, *step)
+    def pair(
+        leaves: list[Array], step: tuple[Array, ...], args: list[Any]
+    ) -> tuple[PyTree, PyTree]:
+        z = jtu.tree_unflatten(whole, leaves)
+        out = fn(z, jtu.tree_unflatten(args_structure, args), *step)
         if not has_aux:
-            return out, None
+            out = out, None
         if not (isinstance(out, tuple) and len(out) == 2):
             raise ValueError(
                 "With `has_aux=True`, `fn` must return a pair `(z, aux)`; got "
                 f"{type(out).__name__}."
             )
-        return out
+        found[:] = map(jtu.tree_structure, out)
+        return plain(out[0]), plain(out[1])
 
-    traced = trace(pair, iterate, args)
-    _check_output(jax.eval_shape(lambda: iterate[0]), traced.struct[0])
-    return traced
+    traced = trace(pair, leaves, step, args_leaves)
+    got, of_aux = found
+    _check_output(z0, got, jtu.tree_leaves(traced.struct[0]))
+    return traced, of_aux
 
 
 def _solver_of(jaxpr: Any, statics: PyTree) -> Callable:
@@ -347,17 +359,20 @@ def _canonical_leaf(path: Any, leaf: Any) -> Array:
     return jnp.asarray(leaf, dtype=dtype)
 
 
-def _check_output(want: PyTree, got: PyTree) -> None:
+def _check_output(z0: PyTree, structure: Any, leaves: list[Any]) -> None:
     """Raise unless fn returned the structure, shapes and dtypes of the iterate."""
-    if jtu.tree_structure(want) != jtu.tree_structure(got):
+    if jtu.tree_structure(z0) != structure:
         raise ValueError(
             "`fn` must return the tree structure of `z0`; `z0` has "
-            f"{jtu.tree_structure(want)}, `fn` returned {jtu.tree_structure(got)}. "
+            f"{jtu.tree_structure(z0)}, `fn` returned {structure}. "
             "(If it returns a pair `(z, aux)`, pass `has_aux=True`.)"
         )
-    for (path, a), b in zip(
-        jtu.tree_leaves_with_path(want), jtu.tree_leaves(got), strict=True
-    ):
+    if len(leaves) < structure.num_leaves:
+        raise ValueError(
+            "`fn` must return arrays, as `z0` holds; a leaf that it returned is none. "
+            "Use `jnp.asarray`."
+        )
+    for (path, a), b in zip(jtu.tree_leaves_with_path(z0), leaves, strict=True):
         for what in ("shape", "dtype"):
             if getattr(a, what) != getattr(b, what):
                 raise ValueError(

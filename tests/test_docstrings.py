@@ -12,6 +12,7 @@ PACKAGES = [
     ".adjoints",
     ".diagnostics",
     ".linear",
+    ".models",
     ".nn",
     ".regularise",
     ".solvers",
@@ -65,7 +66,7 @@ API = pathlib.Path(__file__).parents[1] / "docs" / "api"
 
 def places():
     """The names that the pages of the reference document."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in API.glob("*.md"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in API.rglob("*.md"))
     return set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
 
 

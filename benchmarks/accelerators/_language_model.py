@@ -10,11 +10,9 @@ import jax.tree_util as jtu
 import optax
 
 import deqjax
-from deqjax.nn import RevDEQLM
+from deqjax.models import RevDEQLM
 
 from .. import _reversal_costs as costs
-from .._reversal_pieces import at_least
-from ..model_table import nll
 from ._cells import structs
 
 
@@ -72,8 +70,7 @@ def loss_of(static: Any, step: Step) -> Callable:
             lambda m: m.deq.adjoint, model, adjoint, is_leaf=lambda x: x is None
         )
         sol = model.solve(tokens, max_steps=step.depth)
-        logits = model.logits(sol.value)
-        return nll(logits.astype(at_least(logits.dtype)), targets)
+        return jnp.mean(model.nll(sol.value, targets))
 
     return loss
 
@@ -113,8 +110,7 @@ def parts(
         def loss(weights: Any, z: jax.Array) -> jax.Array:
             model = eqx.combine(weights, static)
             embedded = model.tokens.weight[tokens] + model.positions.weight
-            logits = model.logits(z + embedded).astype(jnp.float32)
-            return nll(logits, targets)
+            return jnp.mean(model.nll(z + embedded, targets))
 
         return jax.value_and_grad(loss, argnums=(0, 1))(weights, z)
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import deqjax
-from deqjax.nn import RevDEQLM
+from deqjax.models import RevDEQLM
 
 from .. import (
     _reversal_measures as reversal,
@@ -110,8 +110,8 @@ def run(session: Session, section: Section) -> None:
     The batch is halved as long as the device's memory does not suffice.
     """
     rates = matrix_rates(session, section)
-    model = eqx.filter_jit(RevDEQLM.wikitext103)(
-        key=jr.key(0), **(SMALL if session.small else {})
+    model = eqx.filter_jit(RevDEQLM.published)(
+        "wikitext103", key=jr.key(0), **(SMALL if session.small else {})
     )
     params, static = eqx.partition(model, eqx.is_inexact_array)
     batch = SMALL_BATCH if session.small else BATCH

@@ -7,11 +7,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import deqjax
-from deqjax.nn import DEQTransformerLM, RevDEQLM, TransformerLM, count_parameters
+from deqjax.models import (
+    AbstractLanguageModel,
+    DEQTransformerLM,
+    RevDEQLM,
+    TransformerLM,
+)
+from deqjax.nn import count_parameters
 
 from ._config import Config
 
@@ -74,20 +79,11 @@ def _make(config: Config, vocab_size: int, hidden: int, key: PRNGKeyArray) -> An
 
 
 def token_nll(
-    model: Any, windows: Int[Array, "batch length_1"]
+    model: AbstractLanguageModel, windows: Int[Array, "batch length_1"]
 ) -> tuple[Float[Array, "batch length"], Float[Array, " batch"]]:
     """−log p in nats of each token after the first, and evaluations per sequence."""
     tokens, targets = windows[:, :-1], windows[:, 1:]
-    count = lambda sol: rows * jax.lax.stop_gradient(sol.stats["num_evals"])
+    sol = model.solve(tokens)
     rows = jnp.ones(tokens.shape[0], jnp.float32)
-    if isinstance(model, DEQTransformerLM):
-        sol, _ = model.solve(tokens)
-        nll = model.nll(sol.value, targets)
-        return nll.astype(jnp.float32), count(sol)
-    if isinstance(model, RevDEQLM):
-        sol = model.solve(tokens)
-        logits, evals = model.logits(sol.value), count(sol)
-    else:
-        logits, evals = model(tokens), rows * len(model.layers)
-    loss = optax.softmax_cross_entropy_with_integer_labels
-    return loss(logits.astype(jnp.float32), targets), evals
+    evals = rows * jax.lax.stop_gradient(sol.stats["num_evals"])
+    return model.nll(sol.value, targets).astype(jnp.float32), evals

@@ -55,23 +55,38 @@ def batch_norm(
 
     Its momentum is that of the running statistics: PyTorch's 0.1 is 0.9 here.
     """
-    return eqx.nn.BatchNorm(
+    norm = eqx.nn.BatchNorm(
         channels,
         BATCH_AXIS,
         momentum=momentum,
         channelwise_affine=affine,
         mode="batch",
     )
+    # After n updates equinox divides mean and variance by 1 − momentumⁿ, which is
+    # right for averages that begin at 0; it begins that of the variance at 1.
+    where = lambda n: n.batch_state_index.init
+    return eqx.tree_at(where, norm, jax.tree.map(jnp.zeros_like, where(norm)))
 
 
 def normalise(
     norm: eqx.nn.BatchNorm, x: Features, state: eqx.nn.State
 ) -> tuple[Features, eqx.nn.State]:
-    """Batch norm of a whole batch: statistics over all its images and pixels."""
+    """Batch norm of a whole batch: statistics over all its images and pixels.
+
+    In inference mode they are the running ones, and before the first update mean 0 and
+    variance 1.
+    """
     apply = jax.vmap(norm, axis_name=BATCH_AXIS, in_axes=(0, None), out_axes=(0, None))
     # equinox raises a float to the power of its integer counter.
     with jax.numpy_dtype_promotion("standard"):
-        return apply(x, state)
+        if not norm.inference:
+            return apply(x, state)
+        index, counter = norm.batch_state_index, norm.batch_counter
+        assert index is not None and counter is not None
+        own = state.substate(norm)
+        mean, variance = own.get(index)
+        variance = jnp.where(own.get(counter) == 0, 1, variance)
+        return apply(x, own.set(index, (mean, variance)))[0], state
 
 
 def average(x: Features, size: int) -> Features:

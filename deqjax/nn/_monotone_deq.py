@@ -5,19 +5,17 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import optimistix as optx
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
 from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Picard
 from ..solvers._base import AbstractSolver, Measured, statistics
-from ._checks import batched_solver, check_count, check_sizes
+from ._checks import batched_solver, check_count
 from ._deq import unless_lost
-from ._images import average
-from ._monotone import AbstractMonotone, MonotoneConv, MonotoneDense
+from ._monotone import AbstractMonotone
 from ._splittings import AbstractSplitting, PeacemanRachford
 
 
@@ -106,6 +104,7 @@ class MonotoneDEQ(eqx.Module):
         x: Any,
         *,
         z0: Any = None,
+        max_steps: int | None = None,
         throw: bool = False,
         options: dict[str, Any] | None = None,
     ) -> optx.Solution:
@@ -118,6 +117,7 @@ class MonotoneDEQ(eqx.Module):
         Args:
             x: see `__call__`.
             z0: see there.
+            max_steps: in place of the layer's own.
             throw: see `deqjax.fixed_point`.
             options: see there.
         """
@@ -140,7 +140,7 @@ class MonotoneDEQ(eqx.Module):
             (self.splitting, operator, x),
             solver=self.solver,
             adjoint=self.adjoint,
-            max_steps=self.max_steps,
+            max_steps=self.max_steps if max_steps is None else max_steps,
             has_aux=tested,
             options=options,
         )
@@ -159,148 +159,6 @@ class MonotoneDEQ(eqx.Module):
         bias = self.operator.inject(x)
         sums = jax.tree.map(jnp.add, self.operator.multiply(z), bias)
         return self.operator.activate(sums)
-
-
-class MonotoneClassifier(eqx.Module):
-    """A linear classifier of a monotone equilibrium's coarsest tier.
-
-    | constructor | parameters | equilibrium | inputs |
-    |---|---|---|---|
-    | `mnist_dense` | 84,313 | 87 | 784 |
-    | `cifar10_conv` | 172,218 | 81 × 34 × 34 | 3 × 32 × 32 |
-    | `cifar10_tiers` | 170,194 | 16 × 34 × 34, 32 × 18 × 18, 60 × 10 × 10 | 3 × 32 × 32 |
-    | `cifar10_conv_large` | 853,612 | 200 × 34 × 34 | 3 × 32 × 32 |
-    | `cifar10_tiers_large` | 1,014,546 | 64 × 34 × 34, 128 × 18 × 18, 128 × 10 × 10 | 3 × 32 × 32 |
-
-    **Differences from the source:** see `MonotoneConv`; the step size α of the
-    splitting is not tuned during training; the authors stop at a relative change of
-    1e-2 in z of the whole batch.
-
-    Args:
-        layer: the equilibrium.
-        shape: of one input, without the batch.
-        num_classes: length of the output.
-        pool: side of the squares over which a convolutional equilibrium is averaged;
-            rows and columns that do not fill a square are left out.
-        key: decides the initial parameters.
-
-    Raises:
-        TypeError, ValueError: if an argument is not valid.
-
-    Example:
-        >>> import deqjax, equinox as eqx, jax
-        >>> make = deqjax.nn.MonotoneClassifier.cifar10_conv
-        >>> model = eqx.filter_eval_shape(make, key=jax.random.key(0))
-        >>> deqjax.nn.count_parameters(model)
-        172218
-
-    References:
-        E. Winston, J. Z. Kolter (2020), Monotone operator equilibrium networks,
-        doi:10.48550/arXiv.2006.08591.
-    """  # noqa: E501 (a row of the table cannot be broken)
-
-    layer: MonotoneDEQ
-    head: eqx.nn.Linear
-    pool: int = eqx.field(static=True)
-
-    def __init__(
-        self,
-        layer: MonotoneDEQ,
-        shape: tuple[int, ...],
-        num_classes: int,
-        *,
-        pool: int = 1,
-        key: PRNGKeyArray,
-    ):
-        check_sizes(num_classes=num_classes, pool=pool)
-        self.layer = layer
-        self.pool = pool
-        # Every operator has a U with a weight, a linear layer or a convolution.
-        weight = layer.operator.U.weight  # pyright: ignore[reportAttributeAccessIssue]
-        example = jax.ShapeDtypeStruct((1, *shape), weight.dtype)
-        features = eqx.filter_eval_shape(
-            lambda x: self._features(layer.operator.initial_state(x)), example
-        )
-        if features.shape[1] == 0:
-            raise ValueError(
-                "`pool` must be at most the side of the equilibrium's coarsest tier: "
-                f"nothing is left to classify; got {pool} for inputs of shape {shape}."
-            )
-        self.head = eqx.nn.Linear(features.shape[1], num_classes, key=key)
-
-    def __call__(self, x: Array, *, z0: Any = None) -> Float[Array, "batch classes"]:
-        """The logits; arguments as for `MonotoneDEQ`."""
-        return self.logits(self.solve(x, z0=z0).value)
-
-    def solve(
-        self,
-        x: Any,
-        *,
-        z0: Any = None,
-        throw: bool = False,
-        options: dict[str, Any] | None = None,
-    ) -> optx.Solution:
-        """The equilibrium, as `MonotoneDEQ.solve`."""
-        return self.layer.solve(x, z0=z0, throw=throw, options=options)
-
-    def logits(self, z: Any) -> Float[Array, "batch classes"]:
-        """The logits that belong to an equilibrium."""
-        return jax.vmap(self.head)(self._features(z))
-
-    def _features(self, z: Any) -> Float[Array, "batch features"]:
-        z = z[-1] if isinstance(z, tuple) else z
-        z = average(z, self.pool) if z.ndim == 4 else z
-        return z.reshape(len(z), -1)
-
-    # Published configurations
-
-    @classmethod
-    def mnist_dense(cls, *, key: PRNGKeyArray, **settings: Any) -> "MonotoneClassifier":
-        """84,313 parameters; `settings` go to `MonotoneDEQ`."""
-        key1, key2 = jr.split(key)
-        operator = MonotoneDense(784, 87, key=key1)
-        return cls(MonotoneDEQ(operator, **settings), (784,), 10, key=key2)
-
-    @classmethod
-    def cifar10_conv(
-        cls, *, key: PRNGKeyArray, **settings: Any
-    ) -> "MonotoneClassifier":
-        """172,218 parameters; `settings` go to `MonotoneDEQ`."""
-        return cls._convolutional((81,), 4, key, settings)
-
-    @classmethod
-    def cifar10_tiers(
-        cls, *, key: PRNGKeyArray, **settings: Any
-    ) -> "MonotoneClassifier":
-        """170,194 parameters; `settings` go to `MonotoneDEQ`."""
-        return cls._convolutional((16, 32, 60), 1, key, settings)
-
-    @classmethod
-    def cifar10_conv_large(
-        cls, *, key: PRNGKeyArray, **settings: Any
-    ) -> "MonotoneClassifier":
-        """853,612 parameters; `settings` go to `MonotoneDEQ`."""
-        return cls._convolutional((200,), 4, key, settings)
-
-    @classmethod
-    def cifar10_tiers_large(
-        cls, *, key: PRNGKeyArray, **settings: Any
-    ) -> "MonotoneClassifier":
-        """1,014,546 parameters; `settings` go to `MonotoneDEQ`."""
-        return cls._convolutional((64, 128, 128), 1, key, settings)
-
-    @classmethod
-    def _convolutional(
-        cls,
-        channels: tuple[int, ...],
-        pool: int,
-        key: PRNGKeyArray,
-        settings: dict[str, Any],
-    ) -> "MonotoneClassifier":
-        key1, key2 = jr.split(key)
-        operator = MonotoneConv(3, channels, key=key1)
-        layer = MonotoneDEQ(operator, **settings)
-        return cls(layer, (3, 32, 32), 10, pool=pool, key=key2)
 
 
 def _split(u: Any, args: tuple[AbstractSplitting, AbstractMonotone, Any]) -> Any:

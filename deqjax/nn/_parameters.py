@@ -59,8 +59,9 @@ def count_parameters(tree: PyTree) -> int:
 
     Example:
         >>> import deqjax, equinox as eqx, jax.random as jr
-        >>> make = deqjax.nn.RevDEQLM.wikitext103
-        >>> deqjax.nn.count_parameters(eqx.filter_eval_shape(make, key=jr.key(0)))
+        >>> make = deqjax.models.RevDEQLM.published
+        >>> model = eqx.filter_eval_shape(make, "wikitext103", key=jr.key(0))
+        >>> deqjax.nn.count_parameters(model)
         95907840
     """
     flags = jtu.tree_leaves(trainable(tree))

@@ -21,7 +21,7 @@ from benchmarks.accelerators import (
     compile as ahead,
     run,
 )
-from deqjax.nn import RevDEQLM
+from deqjax.models import RevDEQLM
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import inspect
 import json
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,7 +11,7 @@ import pytest
 
 from benchmarks import model_table
 from benchmarks.model_table import ROWS
-from deqjax import nn
+from deqjax import models, nn
 from tests.nn.training import QUICK, quick
 
 RECORDED = json.loads(model_table.MEMORY.read_text())["bytes"]
@@ -38,8 +37,9 @@ PARAMETERS = {
     ),
     "MDEQSegmenter.cityscapes_xl": (79_551_755, 77_699_952),
     "RevDEQClassifier.cifar10": (10_319_754, 7_674_368),
+    # Stem and its norm, cell, and a head on 4 × 4 squares.
     "RevDEQClassifier.cifar10_single": (
-        27 * 32 + 64 + 18 * 32**2 + 6 * 32 + 330,
+        28 * 32 + 64 + (18 * 32**2 + 6 * 32) + 513 * 10,
         18 * 32**2 + 6 * 32,
     ),
     # 37 pairs of convolutions 35 → 35, five of them in the cell; the ends.
@@ -76,27 +76,18 @@ def standard_promotion():
         yield
 
 
-def named_constructors():
-    """Class methods of deqjax's modules that make one from a key alone."""
-    for name in dir(nn):
-        kind = getattr(nn, name)
-        if not (inspect.isclass(kind) and issubclass(kind, eqx.Module)):
-            continue
-        for method, value in vars(kind).items():
-            if isinstance(value, classmethod) and not method.startswith("_"):
-                parameters = inspect.signature(value.__func__).parameters.values()
-                needed = [
-                    p.name
-                    for p in parameters
-                    if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-                ]
-                if needed == ["cls", "key"]:
-                    yield f"{name}.{method}"
+def configurations():
+    """Those of all models of deqjax."""
+    for name, kind in vars(models).items():
+        if inspect.isclass(kind) and issubclass(kind, models.AbstractModel):
+            yield from (
+                f"{name}.{configuration}" for configuration in kind.configurations
+            )
 
 
-def test_every_named_configuration_has_a_row_and_every_row_a_record():
+def test_every_configuration_has_a_row_and_every_row_a_record():
     names = [row.name for row in ROWS]
-    assert sorted(names) == sorted(named_constructors())
+    assert sorted(names) == sorted(configurations())
     assert names == list(RECORDED) == list(PARAMETERS)
 
 
@@ -153,7 +144,7 @@ def test_published_sizes_take_a_step(row):
     exact = not row.name.startswith(("RevDEQ", "Monotone", "Transformer"))
     model, state = quick(model_table.init)(row, QUICK)
     model = nn.unrolled(model, 2) if exact else model
-    gradient, (moving, state) = model_table.gradient(row, model, state)
+    gradient, (moving, state) = model_table.gradient(model, state)
     rng = np.random.default_rng(0)
 
     def generic(leaf):

@@ -9,17 +9,14 @@ import optimistix as optx
 import pytest
 
 import deqjax
-from deqjax.nn import (
-    DEQ,
+from deqjax.models import (
     DEQTransformerLM,
     MonotoneClassifier,
-    MonotoneDense,
-    MonotoneDEQ,
     RevDEQLM,
     TransformerLM,
     generate,
-    solve_stream,
 )
+from deqjax.nn import DEQ, MonotoneDense, MonotoneDEQ, solve_stream
 from tests import helpers
 
 KEY = jr.key(0)

@@ -11,9 +11,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import deqjax
+from deqjax.models import MonotoneClassifier
 from deqjax.nn import (
     ForwardBackward,
-    MonotoneClassifier,
     MonotoneConv,
     MonotoneDense,
     MonotoneDEQ,

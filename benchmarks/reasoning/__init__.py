@@ -1,0 +1,1 @@
+"""Recurrent depth on generated reasoning tasks, trained in four ways."""
