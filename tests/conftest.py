@@ -5,11 +5,43 @@ import pathlib
 
 import jax
 import pytest
+from jax._src import compiler
 
 # deqjax must not lean on implicit promotion, which users may have switched off; and
 # two devices are enough to see whether a batch stays sharded.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+# Compiling is most of the time of the tests, and XLA needs a quarter of it if it does not
+# try hard. That is only told to it through `XLA_FLAGS`, for a whole process, or here.
+# Marked as `optimised`, and slow, are the tests for which it matters: of exactness, of
+# cost, of memory. They see what users get.
+_LITTLE_EFFORT = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+_effort = {"little": True}
+_get_compile_options = compiler.get_compile_options
+
+
+def _with_effort(*args, env_options_overrides=None, **kwargs):
+    given = env_options_overrides or {}
+    if _effort["little"]:
+        given = _LITTLE_EFFORT | given
+    return _get_compile_options(*args, env_options_overrides=given, **kwargs)
+
+
+compiler.get_compile_options = _with_effort
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    little = not any(item.get_closest_marker(m) for m in ("optimised", "slow"))
+    if little != _effort["little"]:
+        _effort["little"] = little
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
