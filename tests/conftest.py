@@ -22,6 +22,19 @@ _LITTLE_EFFORT = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+
+
+def _is_known(option, value):
+    """Whether this version of XLA has the option: they come and go."""
+    program = jax.jit(lambda: 0.0, compiler_options={option: value})
+    try:
+        program.lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+_known = {k: v for k, v in _LITTLE_EFFORT.items() if _is_known(k, v)}
 _effort = {"little": True}
 _get_compile_options = compiler.get_compile_options
 
@@ -29,7 +42,7 @@ _get_compile_options = compiler.get_compile_options
 def _with_effort(*args, env_options_overrides=None, **kwargs):
     given = env_options_overrides or {}
     if _effort["little"]:
-        given = _LITTLE_EFFORT | given
+        given = _known | given
     return _get_compile_options(*args, env_options_overrides=given, **kwargs)
 
 
