@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks._images_config import Config, UsageError
 from benchmarks._images_training import Run
+from benchmarks.common.training import use_style
 from benchmarks.data.images import ImageData
 
 RESULTS, FIGURE = "results.json", "figure.png"
@@ -63,17 +64,6 @@ def make_table(runs: Sequence[Run]) -> Table:
 _COLOURS = {"revdeq": "#1f5fa8", "deq": "#1f5fa8", "explicit": "#d9822b"}
 _GREY, _RED = "#555555", "#c0262d"
 _IMAGES, _MISTAKES = 12, 4
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
 
 
 def draw_figure(
@@ -87,11 +77,9 @@ def draw_figure(
         data: Where the test images come from.
         path: Of the PNG to write.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style: Any = _STYLE
-    with rc_context(style):
+    with use_style():
         figure = Figure(figsize=(12, 6.4), dpi=150, layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=(3.4, 1.3))
         upper, lower = parts

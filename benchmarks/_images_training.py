@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from benchmarks._images_config import Config, UsageError
 from benchmarks._images_models import ImageClassifier, residual_history
-from benchmarks._images_progress import Monitor
+from benchmarks.common.training import ProgressDisplay, TrainingError
 from benchmarks.data.images import ImageData
 
 _TEST_BATCH = 256
@@ -28,10 +28,6 @@ TITLES = {"revdeq": "RevDEQ", "deq": "DEQ", "explicit": "explicit network"}
 
 Bytes = UInt8[Array, "batch channels height width"]
 Labels = Int[Array, " batch"]
-
-
-class TrainingError(Exception):
-    """A training that cannot go on."""
 
 
 @dataclasses.dataclass
@@ -266,7 +262,7 @@ class _Trainer:
         memory = self._gradient.memory_analysis()
         return None if memory is None else int(memory.temp_size_in_bytes)
 
-    def epoch(self, epoch: int, monitor: Monitor) -> dict[str, float]:
+    def epoch(self, epoch: int, display: ProgressDisplay) -> dict[str, float]:
         """All training images once, in a new order; the averages on the way."""
         order = self._order.permutation(len(self._images)).astype(np.int32)
         total = self._zero
@@ -279,7 +275,8 @@ class _Trainer:
                 self.params, self._state, grads, total, means
             )
             so_far, count = total, step + 1
-            monitor.step(epoch, step, lambda t=so_far, n=count: _epoch_row(t / n))
+            done = epoch * self.steps + count
+            display.step(done, lambda t=so_far, n=count: _epoch_row(t / n))
         return _epoch_row(total / self.steps)
 
 
@@ -291,7 +288,11 @@ def _hint(config: Config) -> str:
 
 
 def train(
-    model: ImageClassifier, config: Config, data: ImageData, name: str, monitor: Monitor
+    model: ImageClassifier,
+    config: Config,
+    data: ImageData,
+    name: str,
+    display: ProgressDisplay,
 ) -> Run:
     """Train `model`, called `name`, on `data` as `config` says.
 
@@ -299,14 +300,19 @@ def train(
         TrainingError: if the loss is no longer finite.
     """
     steps = len(data.train_images) // config.batch_size
-    with monitor.training(TITLES[name], config.epochs, steps):
-        return _train(model, config, data, name, monitor)
+    total = config.epochs * steps
+    with display.training(TITLES[name], total, per_unit=steps):
+        return _train(model, config, data, name, display)
 
 
 def _train(
-    model: ImageClassifier, config: Config, data: ImageData, name: str, monitor: Monitor
+    model: ImageClassifier,
+    config: Config,
+    data: ImageData,
+    name: str,
+    display: ProgressDisplay,
 ) -> Run:
-    monitor.note("compiling")
+    display.note("compiling")
     start = time.perf_counter()
     trainer = _Trainer(model, config, data)
     tester = _Tester(config, data, trainer.params, trainer.static)
@@ -321,12 +327,12 @@ def _train(
     test, predictions = {}, np.zeros(0, np.int32)
     start = time.perf_counter()
     for epoch in range(config.epochs):
-        row = trainer.epoch(epoch, monitor)
+        row = trainer.epoch(epoch, display)
         test, predictions = tester(trainer.params)
         row |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
         row["seconds"] = time.perf_counter() - start
         history.append(row)
-        monitor.epoch(epoch, row)
+        display.evaluated((epoch + 1) * trainer.steps, row)
         if not np.isfinite(row["loss"]) or not np.isfinite(row["test_loss"]):
             raise TrainingError(
                 f"the {TITLES[name]} diverged in epoch {epoch + 1} (training loss "

@@ -22,7 +22,7 @@ if not __package__:  # run as a script: what is imported below lies beside it
 
 from benchmarks._images_config import Config, UsageError, parse_config
 from benchmarks._images_models import ImageClassifier
-from benchmarks._images_progress import Monitor
+from benchmarks._images_progress import describe
 from benchmarks._images_report import (
     RESULTS,
     check_output,
@@ -31,11 +31,11 @@ from benchmarks._images_report import (
 )
 from benchmarks._images_training import (
     Run,
-    TrainingError,
     check_batch_size,
     check_model,
     train,
 )
+from benchmarks.common.training import ProgressDisplay, TrainingError
 from benchmarks.data.images import DataError, ImageData, load_cifar10, load_digits
 
 
@@ -107,8 +107,8 @@ def run(config: Config) -> tuple[list[Run], Path]:
         if "`" not in str(error):  # where deqjax refuses, it names the argument so
             raise
         raise UsageError(_as_option(str(error), config)) from error
-    monitor = Monitor(config.progress)
-    runs = [train(models[name], config, data, name, monitor) for name in names]
+    display = ProgressDisplay(config.progress, describe, unit="epoch")
+    runs = [train(models[name], config, data, name, display) for name in names]
     Console().print(make_table(runs))
     return runs, write_results(runs, config, data)
 

@@ -32,8 +32,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, *, keep: int = 2):
         self.directory = Path(directory).absolute()
-        # Errors are raised besides being logged.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):  # errors are raised besides being logged
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         policy = _manager.AnyPreservationPolicy(
             [
                 _manager.LatestN(keep),
