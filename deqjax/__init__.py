@@ -1,4 +1,18 @@
-"""Deep equilibrium models and reversible deep equilibrium models for JAX."""
+"""Deep equilibrium models and reversible deep equilibrium models for JAX.
+
+`fixed_point(fn, z0, args)` solves z* = fn(z*, args) and differentiates through it.
+
+| | |
+|---|---|
+| `solver=` | how it is solved: `Anderson`, `Picard`, `Broyden`, `NewtonKrylov`, `Reversible`, or a solver of optimistix |
+| `adjoint=` | its gradient: `ImplicitAdjoint`, `ReversibleAdjoint`, `UnrolledAdjoint`, and cheaper, biased ones |
+| `deqjax.nn` | layers: `DEQ(cell)`, `RevDEQ(cell)`; starts, dropout, normalisation; cells |
+| `deqjax.models` | published language and image models, all with one interface |
+| `deqjax.regularise` | penalties that keep a map solvable |
+| `deqjax.diagnostics` | reports on maps, solvers and gradients; `summary(sol)` in a line or two |
+
+Solutions are `optimistix.Solution`s: `sol.value`, `sol.result`, `sol.stats`.
+"""  # noqa: E501 (a row of the table cannot be broken)
 
 from . import (
     adjoints as adjoints,

@@ -54,12 +54,13 @@ def cost_of_update(config: Config, way: str) -> int:
 
     N steps of the reversible iteration are 2N evaluations. Undoing them evaluates and
     pulls back each once more, as does a stack of 2N layers whose states are recomputed.
+    The last k steps are come to by a second solve of N − k.
     """
     forward = 2 * config.steps
     if way == "one-step":
         return forward + 3
     if way == "last-k":
-        return forward + 6 * min(config.last, config.steps)
+        return 2 * forward + 4 * config.last
     return 4 * forward
 
 

@@ -74,13 +74,16 @@ def _plain(value: Any) -> Any:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A Markdown table: one row per way, means over seeds."""
+    """A Markdown table: a row per way, with means over seeds.
+
+    Where seeds differ, the smallest and the largest stand in parentheses.
+    """
     config = results["config"]
     lengths = [config["length"], *config["test_lengths"]]
     head = ["way", "updates", "loss"]
     for length in lengths:
         at = f" at {length}" if len(lengths) > 1 else ""
-        head += [f"solved{at}", f"residual{at}"]
+        head.append(f"solved{at}, residual")
     head += ["settled", "CPU s / update", "evaluations / update", "MiB"]
     rows = [_row(results, way) for way in WAYS if _of(results, way)]
     lines = [head, ["---"] * len(head), *rows]
@@ -98,10 +101,11 @@ def _row(results: dict[str, Any], way: str) -> list[str]:
     row.append(f"{mean([t['loss'] for t in mine]):.2g}")
     for tests in zip(*(t["tests"] for t in mine), strict=True):
         solved = [100 * t["exact_match"] for t in tests]
-        spread = f" ({min(solved):.1f} to {max(solved):.1f})" if len(solved) > 1 else ""
-        row.append(f"{mean(solved):.1f} %{spread}")
+        least, most = (f"{f(solved):.1f}" for f in (min, max))
+        spread = f" ({least} to {most})" if least != most else ""
         looped = "residual" in tests[0]
-        row.append(f"{mean([t['residual'] for t in tests]):.0e}" if looped else "–")
+        residual = f"{mean([t['residual'] for t in tests]):.0e}" if looped else "–"
+        row.append(f"{mean(solved):.1f} %{spread}, {residual}")
     last = [t["tests"][-1] for t in mine]
     if "verdicts" in last[0]:
         settled = [t["verdicts"]["settles"] / t["examples"] for t in last]
@@ -129,7 +133,7 @@ def draw(results: dict[str, Any], logs: dict[str, list[dict]], path: Path) -> No
     from matplotlib.figure import Figure
 
     with training.use_style():
-        figure = Figure(figsize=(11, 7.5), dpi=130, layout="constrained")
+        figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
         axes: Any = figure.subplots(2, 2)
         (by_update, by_time), (answers, residuals) = axes
         for way, rows in logs.items():

@@ -36,6 +36,18 @@ def apply_cell(z: PyTree, args: tuple[Callable, PyTree]) -> PyTree:
     return cell(z, x)
 
 
+def solve(model: LoopModel, x: Array, config: Config, adjoint: Any) -> Array:
+    """The state after the steps of training, with a gradient of one's choice."""
+    return deqjax.fixed_point(
+        apply_cell,
+        model.initial_state(x),
+        (model.cell, x),
+        solver=solver_of(config),
+        adjoint=adjoint,
+        max_steps=config.steps,
+    ).value
+
+
 class Looped(eqx.Module):
     """A model whose one cell is iterated.
 
@@ -52,14 +64,7 @@ class Looped(eqx.Module):
     def __call__(self, inputs: Array) -> Array:
         """The answers after the steps of training."""
         x = self.model.inject(inputs)
-        z = deqjax.fixed_point(
-            apply_cell,
-            self.model.initial_state(x),
-            (self.model.cell, x),
-            solver=solver_of(self.config),
-            adjoint=adjoint_of(self.config, self.way),
-            max_steps=self.config.steps,
-        ).value
+        z = solve(self.model, x, self.config, adjoint_of(self.config, self.way))
         return self.model.logits(z)
 
 

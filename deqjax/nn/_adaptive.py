@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from .._tree import wide
 from ._checks import check_list, check_positive, check_sizes
@@ -115,6 +115,10 @@ class AdaptiveSoftmax(eqx.Module):
     clusters. The output tables are those of the embedding, and so are the projections,
     except the first, which is this module's own.
 
+    **Order of the clusters:** row i of `clusters` belongs to cluster i + 1, in the
+    order of the vocabulary. Transformer-XL's code, and with it the DEQ-Transformer's,
+    has the rows in reverse; `with_source_clusters` takes them from there.
+
     **Cost** of `nll`: the first softmax for every token; a cluster's for the blocks of
     tokens, sorted by cluster, in which it occurs. **Memory:** the logits of one block
     and cluster, which are computed again backwards.
@@ -158,6 +162,34 @@ class AdaptiveSoftmax(eqx.Module):
         self.biases = tuple(jnp.zeros(len(table)) for table in tables)
         self.projection = scale * jr.normal(key2, (dim, dim))
         self.block = block
+
+    def with_source_clusters(
+        self, weight: ArrayLike, bias: ArrayLike
+    ) -> "AdaptiveSoftmax":
+        """The module with cluster weights of Transformer-XL's or DEQ-Sequence's code.
+
+        There row i belongs to the cluster that is i-th from the end: copied in order,
+        they would give wrong probabilities, and no error.
+
+        Args:
+            weight: `cluster_weight` there, of shape (clusters, dim).
+            bias: `cluster_bias` there, of shape (clusters,).
+
+        Raises:
+            ValueError: if a shape is not that of this module.
+        """
+        new = []
+        for name, old, value in (
+            ("weight", self.clusters, weight),
+            ("bias", self.cluster_bias, bias),
+        ):
+            if jnp.shape(value) != old.shape:
+                raise ValueError(
+                    f"`{name}` must have the shape {old.shape} of this module's "
+                    f"clusters; got {jnp.shape(value)}."
+                )
+            new.append(jnp.asarray(value, old.dtype)[::-1])
+        return eqx.tree_at(lambda s: (s.clusters, s.cluster_bias), self, tuple(new))
 
     def nll(
         self,

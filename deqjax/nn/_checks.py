@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._checks import check_count as check_count, plain, whole
+from ..solvers._foreign import AnySolver
 
 # Whatever it is: `check_images` looks at it, and says more than a type checker.
 Images: TypeAlias = Any
@@ -134,7 +135,7 @@ def check_dtype(name: str, value: Array, dtype: Any) -> None:
         )
 
 
-def batched_solver(solver: Any, default: Any) -> Any:
+def batched_solver(solver: AnySolver | None, default: AnySolver) -> AnySolver:
     """The solver of a model that takes batches, `default` for None.
 
     Raises:
@@ -142,9 +143,10 @@ def batched_solver(solver: Any, default: Any) -> Any:
     """
     if solver is None:
         return default
-    if getattr(solver, "batch_ndim", 1) != 1:
+    batch_ndim = getattr(solver, "batch_ndim", 1)
+    if batch_ndim != 1:
         raise ValueError(
             "`solver` must take every example of a batch for a problem of its own: "
-            f"construct it with `batch_ndim=1`; got batch_ndim={solver.batch_ndim}."
+            f"construct it with `batch_ndim=1`; got batch_ndim={batch_ndim}."
         )
     return solver

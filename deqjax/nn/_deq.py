@@ -1,5 +1,7 @@
 """Deep equilibrium layers."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +16,7 @@ from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint
 from ..regularise import correction_points
 from ..solvers import Picard, Reversible
+from ..solvers._foreign import AnySolver
 from ._checks import check_count
 from ._stateful import refuse_stateful
 
@@ -52,7 +55,7 @@ class DEQ(eqx.Module):
 
     cell: Any
     start: Any = eqx.field(default=None, kw_only=True)
-    solver: Any = eqx.field(default=None, kw_only=True)
+    solver: AnySolver | None = eqx.field(default=None, kw_only=True)
     adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, kw_only=True)
     max_steps: int = eqx.field(default=64, kw_only=True, static=True)
 
@@ -117,17 +120,18 @@ class DEQ(eqx.Module):
             options: see `deqjax.fixed_point`.
         """
         refuse_stateful(self.cell)
-        sol = fixed_point(
-            apply_cell,
-            self.initial_state(x, key=key) if z0 is None else z0,
-            (self.cell, x, key),
-            solver=self.solver,
-            adjoint=self.adjoint,
-            max_steps=self.max_steps if max_steps is None else max_steps,
-            has_aux=has_aux,
-            throw=throw,
-            options=options,
-        )
+        with self._explaining(x, z0, key):
+            sol = fixed_point(
+                apply_cell,
+                self.initial_state(x, key=key) if z0 is None else z0,
+                (self.cell, x, key),
+                solver=self.solver,
+                adjoint=self.adjoint,
+                max_steps=self.max_steps if max_steps is None else max_steps,
+                has_aux=has_aux,
+                throw=throw,
+                options=options,
+            )
         return unless_lost(sol, self.solver)
 
     def iterates(
@@ -153,16 +157,17 @@ class DEQ(eqx.Module):
             options: see `deqjax.regularise.correction_points`.
         """
         refuse_stateful(self.cell)
-        points, sol = correction_points(
-            apply_cell,
-            self.initial_state(x, key=key) if z0 is None else z0,
-            (self.cell, x, key),
-            at=at,
-            solver=self.solver,
-            adjoint=self.adjoint,
-            max_steps=self.max_steps if max_steps is None else max_steps,
-            options=options,
-        )
+        with self._explaining(x, z0, key):
+            points, sol = correction_points(
+                apply_cell,
+                self.initial_state(x, key=key) if z0 is None else z0,
+                (self.cell, x, key),
+                at=at,
+                solver=self.solver,
+                adjoint=self.adjoint,
+                max_steps=self.max_steps if max_steps is None else max_steps,
+                options=options,
+            )
         return points, unless_lost(sol, self.solver)
 
     def initial_state(self, x: PyTree, *, key: Array | None = None) -> PyTree:
@@ -176,6 +181,38 @@ class DEQ(eqx.Module):
             return self.start(x) if key is None else self.start(x, key=key)
         of_cell = getattr(self.cell, "initial_state", None)
         return _tree.zeros_like(x) if of_cell is None else of_cell(x)
+
+    @contextlib.contextmanager
+    def _explaining(self, x: PyTree, z0: PyTree, key: Any) -> Iterator[None]:
+        """Adds to an error of the cell which argument of the layer helps."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            text = str(error)
+            inside = _RAISED_INSIDE in getattr(error, "__notes__", ())
+            if inside and key is not None and "argument 'key'" in text:
+                error.add_note(
+                    "The layer was given a `key`, which it passes to the cell: let the "
+                    "cell take `key=None`, or call the layer without one."
+                )
+            elif inside or text.startswith("`fn` must return the"):
+                if not inside:
+                    error.add_note("`fn` is the `cell` of the layer.")
+                own = hasattr(self.cell, "initial_state")
+                if z0 is None and self.start is None and not own:
+                    error.add_note(
+                        "The solve began at zeros with the shapes of `x`, "
+                        f"{_shapes(x)}. For a state of another size than the input, "
+                        "pass `z0=` at the call, give the layer a `start=` "
+                        "(`deqjax.nn.LearnedStart`), or give the cell a method "
+                        "`initial_state(x)`."
+                    )
+                else:
+                    error.add_note(
+                        "The solve began at a state of its own, from `z0`, `start` or "
+                        f"the cell's `initial_state`; `x` has the shapes {_shapes(x)}."
+                    )
+            raise
 
 
 class RevDEQ(DEQ):
@@ -228,7 +265,18 @@ class RevDEQ(DEQ):
 def apply_cell(z: PyTree, args: tuple) -> PyTree:
     """The map of a cell, for `fixed_point`; `args`: cell, x, and a key or None."""
     cell, x, key = args
-    return cell(z, x) if key is None else cell(z, x, key=key)
+    try:
+        return cell(z, x) if key is None else cell(z, x, key=key)
+    except Exception as error:
+        error.add_note(_RAISED_INSIDE)
+        raise
+
+
+_RAISED_INSIDE = "This error was raised inside the `cell` of an equilibrium layer."
+
+
+def _shapes(tree: PyTree) -> Any:
+    return jtu.tree_map(jnp.shape, tree)
 
 
 def unless_lost(sol: optx.Solution, solver: Any) -> optx.Solution:

@@ -211,9 +211,13 @@ def by_distance(
 
 
 def sinusoids(length: int, dim: int, dtype: Any) -> Float[Array, "length dim"]:
-    """Sines, then cosines, of the distances length − 1, …, 1, 0."""
-    distance = jnp.arange(length - 1, -1, -1, dtype=jnp.float32)
-    frequency = 1e-4 ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    """Sines, then cosines, of the distances length − 1, …, 1, 0.
+
+    Computed in at least float32, and in float64 for a float64 model.
+    """
+    inner = wide(dtype)
+    distance = jnp.arange(length - 1, -1, -1, dtype=inner)
+    frequency = 1e-4 ** (jnp.arange(0, dim, 2, dtype=inner) / dim)
     angle = distance[:, None] * frequency
     out = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
     return out.astype(dtype)

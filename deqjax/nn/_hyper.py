@@ -11,6 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._tree import wide
+from ..solvers._foreign import AnySolver
 from ._checks import check_positive, check_sizes
 from ._deq import DEQ
 
@@ -190,7 +191,7 @@ class HyperDEQ(eqx.Module):
     """
 
     hyper: Any
-    solver: Any = eqx.field(default=None, kw_only=True)
+    solver: AnySolver | None = eqx.field(default=None, kw_only=True)
     adjoint: optx.AbstractAdjoint | None = eqx.field(default=None, kw_only=True)
     max_steps: int = eqx.field(default=64, kw_only=True, static=True)
 

@@ -89,13 +89,6 @@ def normalise(
         return apply(x, own.set(index, (mean, variance)))[0], state
 
 
-def average(x: Features, size: int) -> Features:
-    """Means over squares of `size` × `size` pixels; a rest at the border is left."""
-    (n, c, h, w), p = x.shape, size
-    x = x[:, :, : h // p * p, : w // p * p]
-    return jnp.mean(x.reshape(n, c, h // p, p, w // p, p), (3, 5))
-
-
 class ConvNorms(eqx.Module):
     """Convolutions, each followed by batch norm and ReLU: stems and merges.
 

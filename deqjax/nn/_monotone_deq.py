@@ -13,6 +13,7 @@ from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Picard
 from ..solvers._base import AbstractSolver, Measured, statistics
+from ..solvers._foreign import AnySolver
 from ._checks import batched_solver, check_count
 from ._deq import unless_lost
 from ._monotone import AbstractMonotone
@@ -59,7 +60,7 @@ class MonotoneDEQ(eqx.Module):
 
     operator: AbstractMonotone
     splitting: AbstractSplitting
-    solver: Any
+    solver: AnySolver
     adjoint: optx.AbstractAdjoint | None
     max_steps: int = eqx.field(static=True)
 
@@ -68,7 +69,7 @@ class MonotoneDEQ(eqx.Module):
         operator: AbstractMonotone,
         *,
         splitting: AbstractSplitting | None = None,
-        solver: Any = None,
+        solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 300,
     ):

@@ -7,7 +7,7 @@ as I − J squared, and wrong where f(z) − z is not quite 0. Behind the adapto
 sees f(z) − z, whatever finds its zero.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -27,6 +27,14 @@ KINDS = (
     optx.AbstractLeastSquaresSolver,
     optx.AbstractMinimiser,
 )
+
+AnySolver: TypeAlias = (
+    optx.AbstractFixedPointSolver
+    | optx.AbstractRootFinder
+    | optx.AbstractLeastSquaresSolver
+    | optx.AbstractMinimiser
+)
+"""What `solver` may be: one of `KINDS`."""
 
 # The point returned may lie a step beyond the one whose residual passed the test.
 _SLACK = 2.0

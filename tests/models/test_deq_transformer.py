@@ -151,6 +151,14 @@ def test_float64_models_take_integers_of_64_bits(x64):
     assert (value.shape, value.dtype) == ((1, 3, 16), jnp.float64)
 
 
+def test_sinusoids_are_computed_in_the_dtype_of_the_model(x64):
+    got = sinusoids(600, 8, jnp.float64)
+    angle = np.arange(599, -1, -1)[:, None] * 1e-4 ** (np.arange(0, 8, 2) / 8)
+    want = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
+    np.testing.assert_allclose(got, want, atol=1e-13)
+    assert sinusoids(3, 4, jnp.bfloat16).dtype == jnp.bfloat16
+
+
 def test_memory_is_the_last_states_and_is_used():
     model = lm(memory_length=3)
     tokens = jr.randint(jr.key(1), (2, 5), 0, VOCAB)

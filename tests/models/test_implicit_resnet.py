@@ -84,3 +84,28 @@ def test_images_that_do_not_fit_are_refused():
         model(np.zeros((1, 3, 8, 12), np.float32), state, key=jr.key(0))
     with pytest.raises(RuntimeError, match="needs a `key`"):
         model(np.zeros((1, 3, 8, 8), np.float32), state)
+
+
+def test_published_solves_take_at_most_50_steps():
+    make = eqx.nn.make_with_state(ImplicitResNet.published)
+    model, _ = eqx.filter_eval_shape(make, "cifar10", key=QUICK)
+    assert model.deq.max_steps == 50
+
+
+def test_plain_iteration_stops_where_no_image_changes_by_a_tenth():
+    make = ft.partial(ImplicitResNet, 4, 1, 1, 2, side=8, max_steps=50)
+    solver = deqjax.Picard(0.0, 0.1, batch_ndim=1)
+    init = eqx.nn.make_with_state(ft.partial(make, solver=solver))
+    model, state = quick(lambda key: init(key=key))(QUICK)
+    images, _ = data(n=2)
+    quiet = eqx.nn.inference_mode(model)
+    sol, _ = quick(lambda m, s: m.solve(images, s))(quiet, state)
+    x, _ = quiet._embed(images, state, None)
+    z, change = jnp.zeros_like(x), np.array(np.inf)
+    steps = 0
+    while change.max() > 0.1:
+        new = quiet.deq.cell(z, x)
+        change = np.linalg.norm(np.asarray(new - z).reshape(2, -1), axis=1)
+        z, steps = new, steps + 1
+    assert int(sol.stats["num_evals"]) == steps < 50
+    assert bool(jnp.all(sol.stats["converged"]))

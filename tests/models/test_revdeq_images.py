@@ -3,6 +3,7 @@
 import functools as ft
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -27,6 +28,107 @@ def test_the_cell_is_its_formula():
     h = relu(np_norm(np_conv(z[0], w1), cell.norm1))
     want = np_norm(relu(z[0] + np_norm(x[0] + np_conv(h, w2), cell.norm2)), cell.norm3)
     assert error(eqx.filter_jit(cell)(cast(z), cast(x))[0], want) <= 1e-4
+
+
+def wide(tree):
+    """Parameters in float64, by NumPy."""
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+def np_batch_norm(x, norm):
+    """Batch norm of a whole batch (batch, channels, height, width)."""
+    x = x - x.mean((0, 2, 3), keepdims=True)
+    x = x / np.sqrt(x.var((0, 2, 3), keepdims=True) + 1e-5)
+    place = lambda p: np.asarray(p, np.float64)[:, None, None]
+    return x * place(norm.weight) + place(norm.bias)
+
+
+def np_cell(cell, z, x):
+    """The cell by its formula, on one image."""
+    w1, w2 = (np.asarray(c.weight, np.float64) for c in (cell.conv1, cell.conv2))
+    h = relu(np_norm(np_conv(z, w1), cell.norm1))
+    return np_norm(relu(z + np_norm(x + np_conv(h, w2), cell.norm2)), cell.norm3)
+
+
+def np_steps(cell, x, steps, beta=0.8):
+    """z_N of the coupled iteration from 0, for a whole batch."""
+    out = []
+    for one in x:
+        y = z = np.zeros_like(one)
+        for _ in range(steps):
+            y = (1 - beta) * y + beta * np_cell(cell, z, one)
+            z = (1 - beta) * z + beta * np_cell(cell, y, one)
+        out.append(z)
+    return np.stack(out)
+
+
+def np_convs(x, layer, stride=1):
+    weight = np.asarray(layer.weight, np.float64)
+    out = np.stack([np_conv(one, weight, stride) for one in x])
+    bias = 0 if layer.bias is None else np.asarray(layer.bias, np.float64)
+    return out + bias
+
+
+def filled(make):
+    """The model with every parameter drawn at random, and its state."""
+    init = eqx.nn.make_with_state(make)
+    model, _ = eqx.filter_eval_shape(init, key=jr.key(0))
+    return fill(lambda key: model), quick(init)(key=jr.key(0))[1]
+
+
+def test_between_scales_are_the_authors_batch_norms_and_a_shortcut_of_x():
+    make = ft.partial(RevDEQClassifier, (2, 3), (1, 2), 2, max_steps=1)
+    model, state = filled(make)
+    images = np.random.default_rng(1).normal(size=(2, 3, 4, 4))
+    x = np_convs(images, model.stem.conv)
+    x = relu(np_batch_norm(x, model.stem.norm))
+    x = x + np_steps(model.deqs[0].cell, x, 1)
+    down = model.downs[0]
+    h = relu(np_batch_norm(x, down.norm1))
+    inner = relu(np_batch_norm(np_convs(h, down.conv1, 2), down.norm2))
+    x = np_convs(x, down.shortcut, 2) + np_convs(inner, down.conv2)
+    x = x + np_steps(model.deqs[1].cell, x, 1)
+    head = wide(model.head)
+    want = x.mean((2, 3)) @ head.weight.T + head.bias
+    got, _ = quick(lambda m, s: m(jnp.asarray(images, jnp.float32), s))(model, state)
+    assert error(got, want) <= 1e-5
+
+
+def test_a_single_scale_is_the_authors():
+    make = ft.partial(
+        RevDEQClassifier.published,
+        "cifar10_single",
+        channels=(4,),
+        num_classes=2,
+        pool=2,
+    )
+    model, state = filled(make)
+    images = np.random.default_rng(1).normal(size=(2, 3, 8, 8))
+    # A convolution with bias and a group norm, without a ReLU.
+    x = np_convs(images, model.stem.conv)
+    assert model.stem.conv.bias is not None
+    x = np.stack([np_norm(one, model.stem.norm) for one in x])
+    z = np_steps(model.deqs[0].cell, x, 2)
+    # The head reads z* alone, averaged over 4 × 4 pixels here.
+    squares = z.reshape(2, 4, 2, 4, 2, 4).mean((3, 5)).reshape(2, 16)
+    head = wide(model.head)
+    got, _ = quick(lambda m, s: m(jnp.asarray(images, jnp.float32), s))(model, state)
+    assert error(got, squares @ head.weight.T + head.bias) <= 1e-5
+
+
+def test_group_norms_between_scales_keep_images_apart():
+    make = ft.partial(
+        RevDEQClassifier, (2, 2), (1, 1), 2, stem="group", between="group", max_steps=1
+    )
+    model, state = eqx.nn.make_with_state(make)(key=QUICK)
+    images, _ = data(n=2)
+    run = quick(lambda x: model(x, state)[0])
+    assert error(run(images.at[1].multiply(3.0))[0], run(images)[0]) <= 1e-6
+    down, x = model.downs[0], images[:, :2]
+    h = jnp.maximum(jax.vmap(down.norm1)(x), 0)
+    inner = jnp.maximum(jax.vmap(down.norm2)(jax.vmap(down.conv1)(h)), 0)
+    want = jax.vmap(down.shortcut)(h) + jax.vmap(down.conv2)(inner)
+    assert error(down(x, state)[0], want) <= 1e-5
 
 
 @quick
@@ -85,6 +187,7 @@ def test_the_gradient_is_that_of_the_steps_taken():
         ({"widths": (1,)}, "`widths`.*one entry per scale.*1 for 2"),
         ({"channels": ()}, "`channels` must hold at least 1"),
         ({"beta": 1.0}, "`beta`"),
+        ({"between": "layer"}, '`between` must be "batch" or "group".*layer'),
         ({"solver": deqjax.Picard()}, "`solver`.*batch_ndim=1"),
     ],
 )

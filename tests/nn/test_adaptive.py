@@ -153,3 +153,22 @@ def test_the_logits_of_a_cluster_are_computed_where_it_occurs():
 def test_what_does_not_fit_is_refused_by_name(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_cluster_weights_of_the_source_are_reversed():
+    """There cluster i is scored by the entry that is i-th from the end."""
+    rng = np.random.default_rng(3)
+    weight, bias = rng.normal(size=(2, 16)), rng.normal(size=2)
+    softmax = SOFTMAX.with_source_clusters(weight, bias)
+    hidden = rng.normal(size=(1, 1, 16))
+    small = hidden[0, 0] @ np.asarray(SOFTMAX.projection, np.float64)
+    first = np.asarray(EMBEDDING.tables[0], np.float64) @ small
+    first = first + np.asarray(SOFTMAX.biases[0])
+    scores = np.concatenate([first, weight @ small + bias])
+    scores = scores - np.log(np.exp(scores).sum())
+    logs = softmax.log_probs(jnp.asarray(hidden, jnp.float32), EMBEDDING)[0, 0]
+    for i, (low, high) in enumerate([(6, 14), (14, 30)], start=1):
+        together = np.log(np.exp(np.asarray(logs[low:high], np.float64)).sum())
+        np.testing.assert_allclose(together, scores[-i], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`bias`.*\(2,\).*got \(3,\)"):
+        SOFTMAX.with_source_clusters(weight, np.zeros(3))

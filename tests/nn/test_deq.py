@@ -1,5 +1,7 @@
 """Deep equilibrium layers."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -158,3 +160,48 @@ def test_layers_are_modules_whose_leaves_are_those_of_the_cell():
 def test_arguments_are_refused_by_name(make, words):
     with pytest.raises((TypeError, ValueError), match=words):
         make()
+
+
+def wide(z, x, *, key=None):
+    """A cell with 5 hidden units for inputs of 3."""
+    return jnp.tanh(jnp.ones((5, 5)) @ z + jnp.ones((5, 3)) @ x)
+
+
+def returns_wide(z, x, *, key=None):
+    return jnp.ones(5)
+
+
+def keyless(z, x):
+    return 0.5 * z + x
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda: DEQ(wide)(jnp.ones(3)), r"inside the `cell`"),
+        (lambda: DEQ(wide)(jnp.ones(3)), r"zeros.*\(3,\).*`z0=`.*`start=`.*initial_st"),
+        (lambda: DEQ(returns_wide)(jnp.ones(3)), "`fn` is the `cell` of the layer"),
+        (lambda: DEQ(returns_wide)(jnp.ones(3)), r"`z0=`.*`start=`.*`initial_state"),
+        (lambda: DEQ(wide)(jnp.ones(3), z0=jnp.ones(4)), r"state of its own.*\(3,\)"),
+        (lambda: DEQ(keyless)(jnp.ones(3), key=jr.key(0)), "let the cell take `key="),
+        (
+            lambda: DEQ(wide).iterates(jnp.ones(3), at=(1,)),
+            r"zeros.*\(3,\).*`z0=`.*`start=`.*initial_state",
+        ),
+    ],
+)
+def test_an_error_of_the_cell_names_the_argument_that_helps(run, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        run()
+    text = "\n".join([str(caught.value), *caught.value.__notes__])
+    assert re.search(words, text, re.DOTALL)
+
+
+def test_other_errors_are_left_as_they_are():
+    with pytest.raises(ValueError, match="unknown entries") as caught:
+        DEQ(keyless)(jnp.ones(3), options={"what": 1})
+    assert not getattr(caught.value, "__notes__", ())
+
+
+def test_hidden_sizes_of_their_own_are_solved_for():
+    assert DEQ(wide)(0.1 * jnp.ones(3), z0=jnp.zeros(5)).shape == (5,)

@@ -22,6 +22,7 @@ from ...nn._deq_transformer import (
 from ...nn._dropout import VariationalDropout, split_key
 from ...nn._tokens import Features, project
 from ...solvers import Broyden
+from ...solvers._foreign import AnySolver
 from ._interface import AbstractLanguageModel
 
 _WIKITEXT103 = {
@@ -162,7 +163,7 @@ class DEQTransformerLM(AbstractLanguageModel):
         weight_norm: bool = True,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
-        solver: Any = None,
+        solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 30,
         scale: float = 0.01,

@@ -17,6 +17,7 @@ from ...nn._deq import DEQ, unless_lost
 from ...nn._revdeq_block import RevDEQBlock
 from ...nn._tokens import Features, Tokens, embed_at, project
 from ...solvers import Reversible
+from ...solvers._foreign import AnySolver
 from ._generation import KVCache, check_room, static_depth, static_solve
 from ._interface import AbstractLanguageModel
 
@@ -97,7 +98,7 @@ class RevDEQLM(AbstractLanguageModel):
         max_length: int,
         hidden: int | None = None,
         residual: str = "state",
-        solver: Any = None,
+        solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 4,
         dtype: Any = jnp.float32,

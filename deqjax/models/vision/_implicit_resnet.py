@@ -21,9 +21,10 @@ from ...nn._checks import (
 )
 from ...nn._deq import DEQ
 from ...nn._dropout import VariationalDropout, split_key
-from ...nn._images import Features, average, batch_norm, conv, normalise
+from ...nn._images import Features, batch_norm, conv, normalise
 from ...nn._implicit_resnet_cell import ImplicitResNetCell, Residual, leaky
 from ...solvers import Anderson
+from ...solvers._foreign import AnySolver
 from .._interface import AbstractModel, check_state
 
 # What the authors put around the images: the mean of a pixel of ImageNet.
@@ -46,8 +47,9 @@ class ImplicitResNet(AbstractModel):
     image, where the authors have batch norms in the iterated map, which couple the
     images and have a state to update (neither has parameters). The authors rescale the
     cell's weights during training whenever they measure on noise that it is not
-    γ-Lipschitz; nothing here does. They iterate plainly, and stop at an absolute change
-    of 0.1 in every pixel, after 200 steps at most.
+    γ-Lipschitz; nothing here does. They iterate plainly, at most 50 times on CIFAR-10,
+    and stop where no pixel of the batch changes by more than 0.1 (‖·‖₂ over channels);
+    `solver=deqjax.Picard(0.0, 0.1, batch_ndim=1)` does so where no *image* does.
 
     Args:
         channels: everywhere.
@@ -100,7 +102,7 @@ class ImplicitResNet(AbstractModel):
     data_dropout: VariationalDropout
     deq: DEQ
     last: eqx.nn.Conv2d
-    head_dropout: VariationalDropout
+    head_dropout: eqx.nn.Dropout
     head: eqx.nn.Linear
     side: int = eqx.field(static=True)
 
@@ -117,9 +119,9 @@ class ImplicitResNet(AbstractModel):
         groups: int = 1,
         data_dropout: float = 0.15,
         head_dropout: float = 0.1,
-        solver: Any = None,
+        solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
-        max_steps: int = 200,
+        max_steps: int = 50,
         key: PRNGKeyArray,
     ):
         check_sizes(
@@ -154,7 +156,7 @@ class ImplicitResNet(AbstractModel):
             max_steps=max_steps,
         )
         self.last = conv(channels, channels, 3, stride=2, bias=True, key=next(keys))
-        self.head_dropout = VariationalDropout.dense(head_dropout)
+        self.head_dropout = eqx.nn.Dropout(head_dropout)
         rest = -(-(side + 8) // 8)
         self.head = eqx.nn.Linear(
             channels * rest**2, num_classes, use_bias=False, key=next(keys)
@@ -209,5 +211,5 @@ class ImplicitResNet(AbstractModel):
             for block, norm in zip(blocks, norms, strict=True):
                 h = jax.vmap(ft.partial(residual, block))(x, next(keys))
                 x, state = normalise(norm, leaky(h), state)
-            x = average(x, 2)
+            x = jax.vmap(eqx.nn.AvgPool2d(2, 2))(x)
         return x, state

@@ -13,6 +13,7 @@ from ...nn._deq import DEQ
 from ...nn._images import ConvNorms
 from ...nn._mdeq_cell import INIT_STD, MDEQCell, Scales
 from ...solvers import Anderson
+from ...solvers._foreign import AnySolver
 from .._interface import check_state
 
 
@@ -69,7 +70,7 @@ class MDEQBackbone(eqx.Module):
         dropout: float = 0.0,
         post_affine: bool = True,
         momentum: float = 0.9,
-        solver: Any = None,
+        solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 18,
         key: PRNGKeyArray,

@@ -14,6 +14,7 @@ from ..._types import Options
 from ...nn._checks import Images, check_sizes
 from ...nn._images import ConvNorms, Features, conv
 from ...nn._mdeq_cell import INIT_STD, Scales
+from ...solvers._foreign import AnySolver
 from .._interface import AbstractModel, check_state
 from ._mdeq_backbone import MDEQBackbone
 
@@ -104,7 +105,7 @@ class MDEQSegmenter(AbstractModel):
         groups: int = 8,
         dropout: float = 0.0,
         post_affine: bool = True,
-        solver: Any = None,
+        solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 27,
         key: PRNGKeyArray,

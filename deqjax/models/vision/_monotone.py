@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..._types import Options
 from ...nn._checks import check_sizes
-from ...nn._images import average
 from ...nn._monotone import MonotoneConv, MonotoneDense
 from ...nn._monotone_deq import MonotoneDEQ
 from .._interface import AbstractModel
@@ -118,7 +117,8 @@ class MonotoneClassifier(AbstractModel):
 
     def _features(self, z: Any) -> Float[Array, "batch features"]:
         z = z[-1] if isinstance(z, tuple) else z
-        z = average(z, self.pool) if z.ndim == 4 else z
+        if z.ndim == 4:
+            z = jax.vmap(eqx.nn.AvgPool2d(self.pool, self.pool))(z)
         return z.reshape(len(z), -1)
 
     @classmethod

@@ -1,7 +1,7 @@
 """Reversible deep equilibrium models for images."""
 
 import itertools
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
@@ -22,9 +22,10 @@ from ...nn._conv_cell import ConvCell, group_norm
 from ...nn._deq import DEQ
 from ...nn._images import Features, batch_norm, conv, normalise
 from ...solvers import Reversible
+from ...solvers._foreign import AnySolver
 from .._interface import AbstractModel, check_state
 
-Norm = Literal["batch", "group"]
+Norm: TypeAlias = str  # "batch" or "group"
 MOMENTUM = 0.99
 
 
@@ -190,7 +191,7 @@ class RevDEQClassifier(AbstractModel):
         skip: bool = True,
         pool: int = 1,
         beta: float = 0.8,
-        solver: Any = None,
+        solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 4,
         key: PRNGKeyArray,
