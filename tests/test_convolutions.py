@@ -22,6 +22,8 @@ import deqjax
 from deqjax._convolutions import canonical, rewrite
 from tests.helpers import error, identical
 
+pytestmark = pytest.mark.optimised
+
 CANONICAL = {"b0f_0io->b0f", "b01f_01io->b01f", "b012f_012io->b012f"}
 SAME = {"window_strides": (1, 1), "padding": "SAME"}
 

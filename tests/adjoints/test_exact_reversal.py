@@ -14,6 +14,8 @@ from tests import helpers
 from tests.helpers import error, norm_map, relu_map, tanh_map, weigh, weights
 from tests.layers import attention, case
 
+pytestmark = pytest.mark.optimised
+
 Exact = deqjax.Reversible
 static = ft.partial(Exact, None, None)
 

@@ -11,6 +11,8 @@ from deqjax.linear import GMRES
 from tests import helpers
 from tests.helpers import error, problem
 
+pytestmark = pytest.mark.optimised
+
 SOLVER = deqjax.Picard(1e-14, 1e-14)
 
 

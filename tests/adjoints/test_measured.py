@@ -9,6 +9,8 @@ import pytest
 
 import deqjax
 
+pytestmark = pytest.mark.optimised
+
 N, COUNT = 16, 300
 # State, products inside f, tolerance of the linear solve.
 ARITHMETIC = [

@@ -11,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import deqjax
 from tests.helpers import error, norm_map, weigh
 
+pytestmark = pytest.mark.optimised
+
 COLLECTIVE = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
 
 

@@ -9,6 +9,8 @@ import deqjax
 from tests import helpers
 from tests.helpers import error, identical, problem, weigh
 
+pytestmark = pytest.mark.optimised
+
 STATIC = deqjax.Reversible(None, None, beta=0.8)
 EXACT = {"reversible": deqjax.ReversibleAdjoint(), "unrolled": deqjax.UnrolledAdjoint()}
 

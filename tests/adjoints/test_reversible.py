@@ -14,6 +14,8 @@ import deqjax
 from tests import helpers
 from tests.helpers import error, inner, problem, weigh, weights
 
+pytestmark = pytest.mark.optimised
+
 
 def solver(beta=0.5, tol=None, **kwargs):
     return deqjax.Reversible(tol, tol, beta=beta, **kwargs)

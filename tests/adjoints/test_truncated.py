@@ -11,6 +11,8 @@ import deqjax
 from tests import helpers
 from tests.helpers import dense, error, problem, weigh
 
+pytestmark = pytest.mark.optimised
+
 
 def truncated(p, steps, last, extra=False, beta=1.0):
     """(args, z0) -> the loss of z_N, differentiable through the last steps only.

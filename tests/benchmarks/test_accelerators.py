@@ -23,6 +23,8 @@ from benchmarks.accelerators import (
 )
 from deqjax.models import RevDEQLM
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(autouse=True)
 def promotion():

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import _gradient_report as report, gradients
 
+pytestmark = pytest.mark.optimised
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("gradients-*.json"))
 

@@ -19,6 +19,8 @@ from tests.benchmarks.language_runs import (
     text as text,
 )
 
+pytestmark = pytest.mark.optimised
+
 MORE = ["--batch-size", "16", "--dim", "16", "--steps", "20", "--seed", "1"]
 FLAG = "--xla_force_host_platform_device_count="
 

@@ -10,6 +10,8 @@ import pytest
 from benchmarks import _reversal_report, reversal, reversal_training
 from deqjax.solvers import _residues
 
+pytestmark = pytest.mark.optimised
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("reversal-*.json"))
 GRADIENTS = [path for path in RESULTS if "training" not in path.name]

@@ -17,6 +17,8 @@ from benchmarks import (
     reversal_maps,
 )
 
+pytestmark = pytest.mark.optimised
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("reversal_maps-*.json"))
 # Small maps that compile fast: (kind, number).

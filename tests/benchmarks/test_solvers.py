@@ -16,6 +16,8 @@ from benchmarks import (
     solvers,
 )
 
+pytestmark = pytest.mark.optimised
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("solvers-*.json"))
 

@@ -22,6 +22,8 @@ from deqjax.nn._deq_transformer import Context
 from tests.adjoints.test_mesh import spread
 from tests.helpers import error
 
+pytestmark = pytest.mark.optimised
+
 KEY, PICARD = jr.key(0), deqjax.Picard(batch_ndim=1)
 
 

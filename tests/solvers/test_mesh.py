@@ -11,6 +11,8 @@ import deqjax
 from tests.adjoints.test_mesh import COLLECTIVE, called_by_loops, case, spread
 from tests.helpers import OK, SOLVERS, error, norm_map
 
+pytestmark = pytest.mark.optimised
+
 # NewtonKrylov's linear solves do not run on explicit axes: lineax's closures do not.
 names = ["picard", "anderson", "broyden", "reversible"]
 

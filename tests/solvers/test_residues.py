@@ -13,6 +13,8 @@ from deqjax.solvers import _residues
 from deqjax.solvers._residues import Residues
 from deqjax.solvers._reversible import relax
 
+pytestmark = pytest.mark.optimised
+
 BITS = (4, 8, 16)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BETAS = (0.3, 0.5, 0.8, 0.95)

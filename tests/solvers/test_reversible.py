@@ -10,6 +10,8 @@ import deqjax
 from tests import helpers
 from tests.helpers import OK, error, problem
 
+pytestmark = pytest.mark.optimised
+
 Float = ft.partial(deqjax.Reversible)
 betas = pytest.mark.parametrize("beta", [0.5, 0.8])
 
