@@ -14,9 +14,9 @@ jax.config.update("jax_num_cpu_devices", 2)
 
 
 # Compiling is most of the time of the tests, and XLA needs a quarter of it if it does
-# not try hard. That is only told to it through `XLA_FLAGS`, for a whole process, or here.
-# Marked as `optimised`, and slow, are the tests for which it matters: of exactness, of
-# cost, of memory. They see what users get.
+# not try hard. `XLA_FLAGS` would say so for a whole process; here it is said program by
+# program. Marked as `optimised`, and slow, are the tests for which it matters: of
+# exactness, of cost, of memory. They see what users get.
 _LITTLE_EFFORT = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_backend_optimization_level": 0,

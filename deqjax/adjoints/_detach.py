@@ -33,9 +33,11 @@ def detach(value: PyTree, extras: Extras, *, exact: PyTree = None) -> Extras:
         for x in jtu.tree_leaves(eqx.filter(value, eqx.is_inexact_array))
     ]
     refuse = ft.partial(_refuse, origin=_tree.total(parts), count=extras.num_steps)
-    named = _Reported(extras.stats, extras.dynamic_state)
+    # Integers too are constants to JAX then: optimistix puts the result into branches.
+    rest = jtu.tree_map(_constant, extras._replace(aux=None))
+    named = _Reported(rest.stats, rest.dynamic_state)
     stats, state = jtu.tree_map_with_path(refuse, named)
-    rest = extras._replace(stats=stats, dynamic_state=state)
+    rest = rest._replace(stats=stats, dynamic_state=state, aux=extras.aux)
     found = companion(extras)
     if found is None:
         return rest
@@ -50,6 +52,10 @@ class _Reported(NamedTuple):
 
     stats: Any
     state: Any
+
+
+def _constant(x: Any) -> Any:
+    return x if eqx.is_inexact_array(x) else nondifferentiable_backward(x)
 
 
 def _refuse(path: tuple, x: Any, origin: Array, count: Array) -> Any:

@@ -89,6 +89,7 @@ def test_problems_of_a_batch_keep_their_own_estimates(x64):
     np.testing.assert_allclose(jax.vmap(slope)(x, gain, p.z0)[0], whole, rtol=1e-9)
 
 
+@pytest.mark.optimised
 def test_the_fallback_is_the_cotangent_itself(x64):
     p = problem("tanh", 6)
     solver = deqjax.Broyden(1e-8, 0.0)

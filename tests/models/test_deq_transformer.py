@@ -182,6 +182,7 @@ def test_compiled_and_eager_agree():
     assert error(same, gradient) <= 1e-3
 
 
+@pytest.mark.optimised
 def test_copying_is_learned_and_solves_converge():
     trained, losses = language.train(lm(max_steps=30), loss, steps=220)
     assert float(losses[0]) > 1.5

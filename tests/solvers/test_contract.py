@@ -214,6 +214,7 @@ def test_budgets_of_python_integers_share_a_compilation(name):
     assert not compiled
 
 
+@pytest.mark.optimised
 @solvers
 @pytest.mark.parametrize("steps", [3, 12, None])
 def test_residuals_are_recorded_per_problem(name, steps):
