@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .. import _tree
-from .._checks import plain, whole
+from .._checks import real, whole
 from .._types import Aux, Counts, Flags, Reals, Tolerance, Y
 from ._accelerated import AbstractAccelerated, AcceleratedState
 from ._base import check_count
@@ -91,8 +91,8 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         section 7.3, doi:10.1137/1.9781611970944.
     """
 
-    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
-    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
+    rtol: Tolerance = eqx.field(default=1e-4, converter=real)
+    atol: Tolerance = eqx.field(default=1e-6, converter=real)
     history: int = eqx.field(default=10, kw_only=True, converter=whole)
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)

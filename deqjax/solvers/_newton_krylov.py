@@ -13,7 +13,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import plain, whole
+from .._checks import real, whole
 from .._types import Args, Aux, Counts, Flags, Map, Options, Reals, Tolerance, Y
 from .._upstream import nondifferentiable
 from ..linear import GMRES
@@ -132,8 +132,8 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         of approaches and applications, doi:10.1016/j.jcp.2003.08.010.
     """
 
-    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
-    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
+    rtol: Tolerance = eqx.field(default=1e-4, converter=real)
+    atol: Tolerance = eqx.field(default=1e-6, converter=real)
     linear_solver: lx.AbstractLinearSolver | None = field(default=None, kw_only=True)
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)

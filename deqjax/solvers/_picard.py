@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import plain, whole
+from .._checks import real, whole
 from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from ._base import AbstractSolver, Progress, check_beta, statistics, within_budget
@@ -72,9 +72,9 @@ class Picard(AbstractSolver[Y, Aux, Any]):
         application aux équations intégrales, doi:10.4064/fm-3-1-133-181.
     """
 
-    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
-    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
-    beta: float | Array = eqx.field(default=1.0, kw_only=True, converter=plain)
+    rtol: Tolerance = eqx.field(default=1e-4, converter=real)
+    atol: Tolerance = eqx.field(default=1e-6, converter=real)
+    beta: float | Array = eqx.field(default=1.0, kw_only=True, converter=real)
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 

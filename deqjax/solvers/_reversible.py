@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import canonical_weights, fit_weights, plain, refuse_retired, whole
+from .._checks import canonical_weights, fit_weights, real, refuse_retired, whole
 from .._steps import at_step
 from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
 from .._upstream import unvmap_any
@@ -114,8 +114,8 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         doi:10.48550/arXiv.2509.12917.
     """
 
-    rtol: Tolerance = eqx.field(default=1e-4, converter=plain)
-    atol: Tolerance = eqx.field(default=1e-6, converter=plain)
+    rtol: Tolerance = eqx.field(default=1e-4, converter=real)
+    atol: Tolerance = eqx.field(default=1e-6, converter=real)
     beta: PyTree = field(default=0.5, kw_only=True)
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
