@@ -3,25 +3,29 @@
     JAX_PLATFORMS=cpu python -m benchmarks.accelerators.compile
 
 The compilers of both kinds of accelerators run on a CPU machine, from a description of
-the device. For an NVIDIA H100 that takes `jax-cuda12-plugin`, `jax-cuda12-pjrt` and
-`nvidia-cuda-nvcc-cu12`; for a TPU v5e `libtpu`. Nothing runs, so nothing is timed, and
-what autotuning would choose on a real GPU is not seen. Printed for each program:
+the device: `pip install -e ".[bench,cuda-aot]"` for an NVIDIA H100, `tpu-aot` for a TPU
+v5e. Nothing runs, so nothing is timed, and what autotuning would choose on a real GPU
+is not seen. Printed for each program:
 
 - the temporary memory that one more step takes, in copies of the state (on a TPU small
   records lie in its vector memory, which that account leaves out);
 - the kernels that one trip of each loop launches (on a TPU: fusions and other work);
-- transfers and calls to the host in its loops, of which there should be none.
+- transfers and calls to the host in its loops, of which there should be none;
+- for the published models, loss and gradient of one example, the temporary memory.
 
 The exit status is 1 if a program does not compile, if a loop calls the host, or if a
 step of a reversible gradient takes more than 0.6 copies of the state in float32.
 """
 
 import argparse
+import functools as ft
+import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +36,7 @@ from jax.sharding import SingleDeviceSharding
 
 import deqjax
 
-from .. import _solver_measures as measures
+from .. import _published as published, _solver_measures as measures
 from .._reversal_costs import CELLS, Cell
 from ._cells import structs
 from ._session import reason
@@ -145,29 +149,63 @@ SOLVERS = {
 }
 
 
-def examine(where: Any, cell: Cell, rtol: float | None) -> tuple[str, list[str]]:
-    """What a reversible gradient is like, and what is wrong with it."""
+class Finding(NamedTuple):
+    """What one program is like.
+
+    Attributes:
+        kernels: that one trip of each loop launches.
+        wrong: what should not be.
+        temporaries: bytes that it takes beside arguments and results.
+        slope: what one more step takes, in copies of the state.
+    """
+
+    kernels: list[int]
+    wrong: list[str]
+    temporaries: int | None = None
+    slope: float | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.slope is not None:
+            parts.append(f"{self.slope:.3f} z per step")
+        if self.temporaries is not None:
+            parts.append(f"{self.temporaries / 2**20:,.1f} MiB")
+        loops = " + ".join(map(str, self.kernels))
+        return ", ".join([*parts, f"{loops} kernels per trip" if loops else "no loop"])
+
+
+def read(program: jax.stages.Compiled, **known: Any) -> Finding:
+    """Its loops, and what is wrong with them."""
+    found = loops(program.as_text() or "")
+    wrong = [f"{loop.host} host calls in a loop" for loop in found if loop.host]
+    return Finding([loop.kernels for loop in found], wrong, **known)
+
+
+def examine(where: Any, cell: Cell, rtol: float | None) -> Finding:
+    """A reversible gradient."""
     state = int(np.prod(cell.shape)) * jnp.dtype(cell.dtype).itemsize
     made = [compile_for(where, gradient(cell, n, rtol), cell.args) for n in STEPS]
     sizes = [measures.temp_bytes(program) for program in made]
-    found = loops(made[0].as_text() or "")
-    kernels = " + ".join(str(loop.kernels) for loop in found)
-    wrong = [f"{loop.host} host calls in a loop" for loop in found if loop.host]
-    text = f"{kernels} kernels per trip"
-    if sizes[0] is not None and sizes[1] is not None:
-        slope = (sizes[1] - sizes[0]) / (STEPS[1] - STEPS[0]) / state
-        text = f"{slope:.3f} z per step, {text}"
-        if cell.dtype == jnp.float32 and slope > MOST:
-            wrong.append(f"{slope:.3f} copies of the state per step, at most {MOST}")
-    return text, wrong
+    if sizes[0] is None or sizes[1] is None:
+        return read(made[0])
+    slope = (sizes[1] - sizes[0]) / (STEPS[1] - STEPS[0]) / state
+    found = read(made[0], slope=slope)
+    if cell.dtype == jnp.float32 and slope > MOST:
+        found.wrong.append(f"{slope:.3f} copies of the state per step, at most {MOST}")
+    return found
 
 
-def _solved(where: Any, cell: Cell, solver: Any) -> tuple[str, list[str]]:
-    """As `examine`, of a solve without a gradient."""
-    found = loops(compile_for(where, solve(cell, solver), cell.args).as_text() or "")
-    counts = " + ".join(str(loop.kernels) for loop in found)
-    wrong = [f"{loop.host} host calls in a loop" for loop in found if loop.host]
-    return f"{counts} kernels per trip", wrong
+def _solved(where: Any, cell: Cell, solver: Any) -> Finding:
+    """A solve without a gradient."""
+    return read(compile_for(where, solve(cell, solver), cell.args))
+
+
+def _model(where: Any, row: published.Row) -> Finding:
+    """Loss and gradient of one example."""
+    evaluate, arrays = published.gradient(*published.shapes(row))
+    given = arrays, row.data, jax.random.key(0)
+    program = compile_for(where, lambda given: evaluate(*given), given)
+    return read(program, temporaries=measures.temp_bytes(program))
 
 
 def cells(dtype: str, only: Sequence[str]) -> dict[str, Cell]:
@@ -191,7 +229,34 @@ def command_line() -> argparse.ArgumentParser:
     add("--target", nargs="+", choices=TARGETS, default=TARGETS, help="(default: all)")
     add("--cells", nargs="+", choices=tuple(CELLS), default=tuple(CELLS))
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    names = tuple(row.name for row in published.ROWS)
+    add("--models", nargs="*", choices=names, default=(), metavar="MODEL",
+        help="published models, or `--models` alone for all of them; takes about half "
+        "a minute for each (default: none)")  # fmt: skip
+    add("--output", type=pathlib.Path, metavar="FILE",
+        help="a JSON file for what is printed; what it holds already is replaced "
+        "program by program")  # fmt: skip
     return cli
+
+
+def programs(
+    options: argparse.Namespace, target: str, where: Any
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """What to compile for a target, by name."""
+    for dtype in options.dtypes:
+        for name, cell in cells(dtype, options.cells).items():
+            for label, rtol in (("static", None), ("tested", 1e-3)):
+                title = f"{target}, {name}, {dtype}, gradient, {label}"
+                yield title, ft.partial(examine, where, cell, rtol)
+    if "MLP" in options.cells:
+        small = cells("float32", ["MLP"])["MLP"]
+        for label, solver in SOLVERS.items():
+            title = f"{target}, MLP, float32, {label}"
+            yield title, ft.partial(_solved, where, small, solver)
+    for row in published.ROWS:
+        if row.name in options.models:
+            title = f"{target}, {row.name}, float32, gradient of one example"
+            yield title, ft.partial(_model, where, row)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,16 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     failed = 0
-
-    def show(name: str, job: Callable[[], tuple[str, list[str]]]) -> None:
-        nonlocal failed
-        try:
-            text, wrong = job()
-        except Exception as error:
-            text, wrong = "", [reason(error)]
-        failed += bool(wrong)
-        print(f"{name}: {text}", *(f"  FAIL {line}" for line in wrong), flush=True)
-
     for target in options.target:
         try:
             where = device(target)
@@ -219,17 +274,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{target}: its compiler is not installed: {reason(error)}")
             failed += 1
             continue
-        for dtype in options.dtypes:
-            for name, cell in cells(dtype, options.cells).items():
-                for label, rtol in (("static", None), ("tested", 1e-3)):
-                    title = f"{target}, {name}, {dtype}, gradient, {label}"
-                    show(title, lambda c=cell, r=rtol, w=where: examine(w, c, r))
-        small = cells("float32", ["MLP"])["MLP"]
-        for label, solver in SOLVERS.items():
-            title = f"{target}, MLP, float32, {label}"
-            show(title, lambda s=solver, c=small, w=where: _solved(w, c, s))
+        for title, job in programs(options, target, where):
+            try:
+                found = job()
+            except Exception as error:
+                found = Finding([], [reason(error)])
+            jax.clear_caches()
+            failed += bool(found.wrong)
+            print(
+                f"{title}: {found}", *(f"  FAIL {x}" for x in found.wrong), flush=True
+            )
+            if options.output:
+                record(options.output, title, found)
     print(f"{failed} failed")
     return int(failed > 0)
+
+
+def record(path: pathlib.Path, title: str, found: Finding) -> None:
+    """Add it to the file, or put it in the place of what the file has of it."""
+    old = json.loads(path.read_text()) if path.exists() else {"programs": {}}
+    versions = {name: version(name) for name in ("deqjax", "jax", "jaxlib")}
+    kept = {**old["programs"], title: found._asdict()}
+    text = json.dumps({"versions": versions, "programs": kept}, indent=1)
+    draft = path.with_suffix(".partial")
+    draft.write_text(text + "\n")
+    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
@@ -178,23 +179,33 @@ class Cycles(eqx.Module):
 
         # Rows 0 … j of Q h, then the rotation that clears row j + 1.
         width = column.shape[-1]
-        rotated = jnp.einsum("...ij,...j->...i", krylov.rotations[..., :width], column)
-        upper = jnp.take(rotated, j, axis=-1)
+        rotated = jnp.einsum(
+            "...ij,...j->...i",
+            krylov.rotations[..., :width],
+            column,
+            precision=lax.Precision.HIGHEST,
+        )
+        upper = _entry(rotated, j, -1)
         length = jnp.hypot(upper, height)
         # What cancellation leaves of a column that the others span is no pivot.
         length = jnp.where(length > 10 * eps * scale, length, 0)
         safe = jnp.where(length > 0, length, 1)
         c = jnp.where(length > 0, upper / safe, 1)[..., None]
         s = jnp.where(length > 0, height / safe, 0)[..., None]
-        row, below = (jnp.take(krylov.rotations, i, axis=-2) for i in (j, j + 1))
-        upper_row = c * row + s * below
-        rotations = krylov.rotations.at[..., j, :].set(upper_row)
-        rotations = rotations.at[..., j + 1, :].set(c * below - s * row)
+        row, below = (_entry(krylov.rotations, i, -2) for i in (j, j + 1))
+        upper_row, lower_row = c * row + s * below, c * below - s * row
         rows = jnp.arange(rotated.shape[-1], dtype=j.dtype)
         new = jnp.where(rows < j, rotated, jnp.where(rows == j, length[..., None], 0))
-        triangle = krylov.triangle.at[..., :, j].set(new)
+        # Selections, since a scatter takes XLA long to compile.
+        at = rows[:, None]
+        rotations = jnp.where(
+            at == j,
+            upper_row[..., None, :],
+            jnp.where(at == j + 1, lower_row[..., None, :], krylov.rotations),
+        )
+        triangle = jnp.where(rows[:-1] == j, new[..., None], krylov.triangle)
 
-        residual = krylov.size * jnp.abs(jnp.take(rotations, j + 1, axis=-2)[..., 0])
+        residual = krylov.size * jnp.abs(lower_row[..., 0])
         # Singular: nothing new to combine. Nearly so: the residual is small on paper,
         # for an x that is too large.
         weight = krylov.size * jnp.abs(upper_row[..., 0])
@@ -314,21 +325,35 @@ def _combination(
     eye = jnp.eye(m, dtype=krylov.triangle.dtype)
     matrix = jnp.where(keep, krylov.triangle[..., :m, :], eye)
     rotated = krylov.size[..., None] * krylov.rotations[..., :, 0]
-    # R⁻¹ is triangular: the y of j columns is the sum of j columns of R⁻¹ diag(rhs).
     rhs = jnp.where(used, rotated[..., :m], 0)
-    terms = jax.scipy.linalg.solve_triangular(matrix, rhs[..., None, :] * eye)
-    sums = jnp.cumsum(terms, -1)
+    # Column j is the y of the first j + 1 columns.
+    first = jnp.triu(jnp.broadcast_to(rhs[..., None], matrix.shape))
+    sums = jax.scipy.linalg.solve_triangular(matrix, first)
     none = jnp.zeros_like(krylov.size)[..., None]
     errors = rounding[..., None] * jnp.sqrt(jnp.sum(sums * sums, -2))
     errors = jnp.concatenate([none, errors], -1)
-    left = jnp.sqrt(jnp.cumsum((rotated * rotated)[..., ::-1], -1))[..., ::-1]
+    squares = jnp.broadcast_to(
+        (rotated * rotated)[..., None, :], (*used.shape[:-1], m + 1, m + 1)
+    )
+    left = jnp.sqrt(jnp.sum(jnp.triu(squares), -1))
 
-    at = lambda x, j: jnp.take_along_axis(x, j[..., None], -1)[..., 0]
     total = jnp.where(jnp.isfinite(errors), left + errors, jnp.inf)
-    bound = jnp.maximum(tol, _LOST * at(left, krylov.used))
-    trusted = at(errors, krylov.used) <= bound
+    bound = jnp.maximum(tol, _LOST * _chosen(left, krylov.used))
+    trusted = _chosen(errors, krylov.used) <= bound
     count = jnp.where(
         trusted, krylov.used, jnp.argmin(total, -1).astype(krylov.used.dtype)
     )
-    y = at(sums, jnp.broadcast_to(jnp.maximum(count - 1, 0)[..., None], rhs.shape))
-    return jnp.where((count > 0)[..., None], y, 0), at(left, count), trusted
+    # No column is chosen where the count is 0.
+    y = _chosen(sums, jnp.broadcast_to((count - 1)[..., None], rhs.shape))
+    return y, _chosen(left, count), trusted
+
+
+def _entry(x: Array, j: Array, axis: int) -> Array:
+    """Entry j along an axis; j, the same for all systems, is in range."""
+    return lax.dynamic_index_in_dim(x, j, axis, keepdims=False)
+
+
+def _chosen(x: Array, j: Array) -> Array:
+    """Entry j of the last axis, for each system its own; 0 if there is none."""
+    at = jnp.arange(x.shape[-1], dtype=j.dtype) == j[..., None]
+    return jnp.sum(jnp.where(at, x, 0), -1)

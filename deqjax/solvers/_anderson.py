@@ -12,6 +12,9 @@ from .._types import Aux, Counts, Flags, Reals, Tolerance, Y
 from ._accelerated import AbstractAccelerated
 from ._base import check_beta, check_count
 
+# A system of more residuals than this is solved in a loop on every platform.
+_WRITTEN_OUT = 11
+
 
 class _Memory(eqx.Module):
     """The last m + 1 evaluations, in rings.
@@ -158,8 +161,9 @@ def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
         | G + ϱ diag G   1 | | α |   | 0 |
         |      1ᵀ        0 | | μ | = | 1 |
 
-    whose pivots need no exchange, G being positive semidefinite. A loop, and one whose
-    result is α itself: then XLA makes one pass of the mixing, and few kernels of this.
+    whose pivots need no exchange, G being positive semidefinite. On a CPU a loop, and
+    one whose result is α itself: then XLA makes one pass of the mixing, and few kernels
+    of this.
     """
     size = gram.shape[-1]
     if ridge is None:
@@ -180,6 +184,16 @@ def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
     columns = [a, border[..., None], jnp.zeros_like(border)[..., None]]
     last = jnp.concatenate([border, zero, one], -1)[..., None, :]
     a = jnp.concatenate([jnp.concatenate(columns, -1), last], -2)
+    if size > _WRITTEN_OUT:
+        return _eliminate_in_a_loop(a)
+    return lax.platform_dependent(
+        a, cpu=_eliminate_in_a_loop, default=_eliminate_written_out
+    )
+
+
+def _eliminate_in_a_loop(a: Array) -> Array:
+    """x of [A | b] of n rows, without its last entry: few, small kernels on a CPU."""
+    rows = a.shape[-2]
 
     def eliminate(i: Array | int, a: Array) -> Array:
         i = jnp.asarray(i)  # a Python integer under `jax.disable_jit`
@@ -188,7 +202,24 @@ def _weights(gram: Array, valid: Array, ridge: Array | float | None) -> Array:
         pivot = lax.dynamic_index_in_dim(column, i, -2)
         row = row / jnp.where(pivot == 0, 1, pivot)
         return jnp.where(
-            (jnp.arange(size + 1, dtype=i.dtype) == i)[:, None], row, a - column * row
+            (jnp.arange(rows, dtype=i.dtype) == i)[:, None], row, a - column * row
         )
 
-    return lax.fori_loop(0, size + 1, eliminate, a)[..., :-1, -1]
+    return lax.fori_loop(0, rows, eliminate, a)[..., :-1, -1]
+
+
+def _eliminate_written_out(a: Array) -> Array:
+    """The same entry by entry: one kernel, where every trip of a loop launches some."""
+    n = a.shape[-2]
+    part = lambda x, i: lax.index_in_dim(x, i, -1, keepdims=False)
+    row = [lax.index_in_dim(a, i, -2, keepdims=False) for i in range(n)]
+    entry = [[part(x, j) for j in range(n + 1)] for x in row]
+    for i in range(n):
+        pivot = jnp.where(entry[i][i] == 0, 1, entry[i][i])
+        entry[i] = [x / pivot if j > i else x for j, x in enumerate(entry[i])]
+        for k in range(n):
+            if k != i:
+                for j in range(i + 1, n + 1):
+                    change = lax.mul(entry[k][i], entry[i][j])
+                    entry[k][j] = lax.sub(entry[k][j], change)
+    return jnp.stack([entry[i][n] for i in range(n - 1)], -1)

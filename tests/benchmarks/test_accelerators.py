@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import deqjax
 from benchmarks import _reversal_measures as measures
+from benchmarks._reversal_costs import CELLS
 from benchmarks.accelerators import (
     _cases as cases,
     _checks as checks,
@@ -296,13 +298,33 @@ def test_a_step_that_takes_too_much_memory_is_told(monkeypatch):
     """Here for the CPU; a limit of a quarter of a state stands for a larger record."""
     here = jax.devices()[0]
     cell = ahead.cells("float32", ["MLP"])["MLP"]
-    text, wrong = ahead.examine(here, cell, None)
-    assert wrong == []
-    slope = float(text.split()[0])
-    assert slope == pytest.approx(0.5, abs=0.05)
+    found = ahead.examine(here, cell, None)
+    assert found.wrong == []
+    assert found.slope == pytest.approx(0.5, abs=0.05)
     monkeypatch.setattr(ahead, "MOST", 0.25)
-    _, wrong = ahead.examine(here, cell, None)
-    assert wrong == [f"{slope:.3f} copies of the state per step, at most 0.25"]
+    again = ahead.examine(here, cell, None)
+    expected = f"{found.slope:.3f} copies of the state per step, at most 0.25"
+    assert again.wrong == [expected]
+
+
+def test_what_a_program_is_like_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "device", lambda target: jax.devices()[0])
+    monkeypatch.setattr(
+        ahead, "SOLVERS", {"Picard": deqjax.Picard(None, None), "broken": "Picard"}
+    )
+    path = tmp_path / "found.json"
+    path.write_text('{"programs": {"another": {}}}')
+    arguments = ["--target", "h100", "--dtypes", "float32", "--cells", "MLP"]
+    arguments += ["--output", str(path)]
+    monkeypatch.setattr(ahead, "cells", lambda dtype, only: {"MLP": CELLS["MLP"]()})
+    monkeypatch.setattr(ahead, "examine", lambda *_: ahead.Finding([7], []))
+    assert ahead.main(arguments) == 1  # the broken one
+    programs = json.loads(path.read_text())["programs"]
+    assert "another" in programs
+    assert programs["h100, MLP, float32, Picard"]["wrong"] == []
+    assert len(programs["h100, MLP, float32, Picard"]["kernels"]) == 1
+    assert programs["h100, MLP, float32, broken"]["wrong"] != []
+    assert programs["h100, MLP, float32, gradient, static"]["kernels"] == [7]
 
 
 # The whole

@@ -9,8 +9,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from benchmarks import model_table
-from benchmarks.model_table import ROWS
+from benchmarks import _published, model_table
+from benchmarks._published import ROWS
 from deqjax import models, nn
 from tests.nn.training import QUICK, quick
 
@@ -142,9 +142,9 @@ def test_published_sizes_take_a_step(row):
     exact gradient; reversible models take their published steps, monotone ones solve.
     """
     exact = not row.name.startswith(("RevDEQ", "Monotone", "Transformer"))
-    model, state = quick(model_table.init)(row, QUICK)
+    model, state = quick(_published.init)(row, QUICK)
     model = nn.unrolled(model, 2) if exact else model
-    gradient, (moving, state) = model_table.gradient(model, state)
+    gradient, (moving, state) = _published.gradient(model, state)
     rng = np.random.default_rng(0)
 
     def generic(leaf):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import deqjax
+from deqjax.solvers._anderson import _eliminate_in_a_loop, _eliminate_written_out
 from tests import helpers
 from tests.helpers import OK, error
 
@@ -142,6 +143,18 @@ def test_any_history_serves(name, history, x64):
     sol = deqjax.fixed_point(p.fn, p.z0, p.args, solver=solver, max_steps=200)
     assert sol.result == OK
     assert error(sol.value, helpers.settle(p)) <= 1e-8
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_both_eliminations_solve_the_system(x64, rows):
+    """Accelerators take the one that is written out; here both are compiled."""
+    spread = np.random.default_rng(rows).normal(size=(3, rows, rows + 2))
+    a = spread @ np.swapaxes(spread, -1, -2)
+    b = spread[..., :1]
+    want = np.linalg.solve(a, b)[:, :-1, 0]
+    system = jnp.array(np.concatenate([a, b], -1))
+    for eliminate in (_eliminate_in_a_loop, _eliminate_written_out):
+        np.testing.assert_allclose(jax.jit(eliminate)(system), want, rtol=1e-8)
 
 
 def test_leaves_are_mixed_with_one_set_of_weights(x64):
