@@ -26,7 +26,7 @@ def test_defaults_are_anderson_and_the_implicit_gradient(x64):
         p.fn,
         p.z0,
         p.args,
-        solver=deqjax.Anderson(1e-4, 1e-6, history=5),
+        solver=deqjax.Anderson(1e-8, 1e-10, history=5),
         adjoint=deqjax.ImplicitAdjoint(),
         max_steps=64,
     )
