@@ -34,7 +34,7 @@ def test_defaults_are_anderson_and_the_implicit_gradient(x64):
     assert int(sol.stats["max_steps"]) == 64
     gradient = jax.grad(lambda a: helpers.loss(p)(a))(p.args)
     # Where the solve stops the formula is off by the order of the residual.
-    assert 1e-9 < error(gradient, helpers.dense(p).gradient) <= 1e-3
+    assert 1e-12 < error(gradient, helpers.dense(p).gradient) <= 1e-7
 
 
 def test_default_adjoint_of_a_reversible_solver_is_the_reversible_one(x64):
