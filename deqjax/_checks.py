@@ -23,6 +23,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def real(value: Any) -> Any:
+    """As `plain`, and integers as floats: the program does not depend on the value."""
+    value = plain(value)
+    return float(value) if type(value) is int else value
+
+
 def whole(value: Any) -> Any:
     """A whole number that is known while tracing as Python's; all else as it is."""
     known = isinstance(value, Array) and not isinstance(value, Tracer)

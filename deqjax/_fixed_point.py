@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ._checks import canonical_weights, check_flag
 from ._fold import Traced, split, trace
+from ._numbers import inputs_and_rest
 from ._programs import Programs
 from ._steps import Numbered
 from ._structure import plain, plain_within, rebuilt
@@ -128,15 +129,15 @@ def fixed_point(
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
     iterate = (plain(z0),) if first is None else (plain(z0), first)
     traced, of_aux = _traced(fn, z0, iterate[1:], args, has_aux)
-    # Arrays are inputs of the program; what the rest says is another program.
+    # Arrays and numbers are inputs of the program; what the rest says is another one.
     whole = jtu.tree_structure(z0)
     given = plain_within((solver, adjoint, options), whole)
-    arrays, fixed = eqx.partition(given, eqx.is_array)
+    numbers, fixed = inputs_and_rest(given)
     structures = tuple(jtu.tree_structure(t) for t in (iterate, traced.struct))
     statics = (fixed, tags, max_steps, structures)
     program, consts = PROGRAMS.find(traced.closed, statics)
     try:
-        sol = program(consts, traced.inputs, arrays)
+        sol = program(consts, traced.inputs, numbers)
     except TypeError as error:
         # JAX differentiates the program as a whole, where an adjoint sees nothing.
         if isinstance(adjoint, ReversibleAdjoint) and _NO_FORWARD_MODE in str(error):
@@ -200,9 +201,9 @@ def _solver_of(jaxpr: Any, statics: PyTree) -> Callable:
     fixed, tags, max_steps, (start, output) = statics
 
     def solve(
-        consts: list[Array], inputs: list[Array], arrays: PyTree
+        consts: list[Array], inputs: list[Array], numbers: PyTree
     ) -> optx.Solution:
-        solver, adjoint, options = eqx.combine(arrays, fixed)
+        solver, adjoint, options = eqx.combine(numbers, fixed)
         closed = jex.core.ClosedJaxpr(jaxpr, consts)
         size = start.num_leaves
         parts, kept = split(closed, inputs, size)

@@ -1,7 +1,7 @@
 """Names for the types that the library speaks of."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -14,7 +14,7 @@ Aux = TypeVar("Aux")
 State = TypeVar("State")
 """The state of a solver."""
 
-Tolerance: TypeAlias = float | int | Array | None
+Tolerance: TypeAlias = float | int | Array | Literal["auto"] | None
 Args: TypeAlias = PyTree[Any]
 Options: TypeAlias = dict[str, Any]
 Map: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]

@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_beta, check_count, plain, whole
+from .._checks import check_beta, check_count, real, whole
 from .._types import Reals
 from ..linear._base import widened
 from ..linear._neumann import add, series
@@ -95,7 +95,7 @@ class NeumannAdjoint(optx.AbstractAdjoint):
     """
 
     num_terms: int = eqx.field(default=5, static=True, converter=whole)
-    beta: float | Array = eqx.field(default=1.0, converter=plain)
+    beta: float | Array = eqx.field(default=1.0, converter=real)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):

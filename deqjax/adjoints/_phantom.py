@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_beta, check_count, plain, whole
+from .._checks import check_beta, check_count, real, whole
 from .._types import Flags, Map
 from .._upstream import Extras, Inputs
 from ._cotangents import constant, floating, materialise, none_like
@@ -77,7 +77,7 @@ class PhantomAdjoint(optx.AbstractAdjoint):
     """
 
     num_steps: int = eqx.field(default=5, static=True, converter=whole)
-    beta: float | Array = eqx.field(default=0.5, converter=plain)
+    beta: float | Array = eqx.field(default=0.5, converter=real)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):

@@ -100,7 +100,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
     on_drift: Literal["nan", "raise", "recompute"] = eqx.field(
         default="nan", kw_only=True, static=True
     )
-    drift_tol: float = eqx.field(default=0.0, kw_only=True, static=True)
+    drift_tol: float | Array = eqx.field(default=0.0, kw_only=True)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __init__(
@@ -108,7 +108,7 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
         *,
         record_bits: int = 8,
         on_drift: Literal["nan", "raise", "recompute"] = "nan",
-        drift_tol: float | None = None,
+        drift_tol: Any = None,
         probe: BackwardStats | None = None,
         **retired: Any,
     ):
@@ -188,7 +188,7 @@ class _Plan(eqx.Module):
 
     record_bits: int = eqx.field(static=True)
     on_drift: str = eqx.field(static=True)
-    drift_tol: float = eqx.field(static=True)
+    drift_tol: float | Array
 
 
 @eqx.filter_custom_vjp

@@ -7,9 +7,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._checks import real
 from .._types import Reals
 from ..solvers import Broyden
 from ._forward_products import Linear
@@ -24,7 +25,7 @@ class _Estimate(AbstractInverse):
 
     solver: Broyden
     state: Any
-    fallback: float | None
+    fallback: float | Array | None
     batch_ndim: int
 
     def after(self, state: PyTree) -> AbstractInverse:
@@ -100,11 +101,12 @@ class ShineAdjoint(optx.AbstractAdjoint):
         implicit models, doi:10.48550/arXiv.2106.00553.
     """
 
-    fallback: float | None = eqx.field(default=1.3, static=True)
+    fallback: float | Array | None = eqx.field(default=1.3, converter=real)
     probe: BackwardStats | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        if self.fallback is not None and (
+        known = self.fallback is not None and not isinstance(self.fallback, Array)
+        if known and (
             isinstance(self.fallback, bool)
             or not (isinstance(self.fallback, int | float) and self.fallback > 0)
         ):

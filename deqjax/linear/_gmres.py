@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_count, plain, whole
+from .._checks import check_count, real, whole
 from .._upstream import unvmap_any
 from ._base import AbstractIterative, Outcome, System
 from ._basis import Rings, orthogonalise, read, write
@@ -100,8 +100,8 @@ class GMRES(AbstractIterative):
         for solving nonsymmetric linear systems, doi:10.1137/0907058.
     """
 
-    rtol: float | Array | None = eqx.field(default=None, converter=plain)
-    atol: float | Array = eqx.field(default=0.0, converter=plain)
+    rtol: float | Array | None = eqx.field(default=None, converter=real)
+    atol: float | Array = eqx.field(default=0.0, converter=real)
     restart: int = eqx.field(default=30, kw_only=True, converter=whole)
     max_steps: int | None = eqx.field(default=None, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)

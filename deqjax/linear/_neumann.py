@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_beta, check_count, plain, whole
+from .._checks import check_beta, check_count, real, whole
 from .._types import Flags, Reals
 from .._upstream import unvmap_any
 from ._base import AbstractIterative, Linear, Outcome, System
@@ -85,9 +85,9 @@ class Neumann(AbstractIterative):
         doi:10.1098/rsta.1911.0009.
     """
 
-    rtol: float | Array | None = eqx.field(default=None, converter=plain)
-    atol: float | Array = eqx.field(default=0.0, converter=plain)
-    beta: float | Array = eqx.field(default=1.0, kw_only=True, converter=plain)
+    rtol: float | Array | None = eqx.field(default=None, converter=real)
+    atol: float | Array = eqx.field(default=0.0, converter=real)
+    beta: float | Array = eqx.field(default=1.0, kw_only=True, converter=real)
     max_steps: int = eqx.field(default=200, kw_only=True, converter=whole)
     num_terms: int | None = eqx.field(default=None, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)

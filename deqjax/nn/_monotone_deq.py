@@ -186,7 +186,7 @@ def _judged(layer: MonotoneDEQ, sol: optx.Solution, x: Any) -> optx.Solution:
     residual, norm = _tree.norm(_tree.subtract(f, z), ndim), _tree.norm(f, ndim)
     converged, result = sol.stats["converged"], sol.result
     if isinstance(solver, AbstractSolver) and not solver.static:
-        converged = solver.passes(residual, norm)
+        converged = solver.passes(residual, norm, z)
         # What rounding keeps from moving need not be at the equilibrium.
         claims, met = result == results.successful, jnp.all(converged)
         result = results.where(claims, results.nonlinear_divergence, result)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
@@ -14,6 +15,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from .. import _tree
 from .._checks import check_beta as check_beta, check_count as check_count
 from .._types import Aux, Counts, Flags, Options, Reals, State, Tolerance, Y
+
+# The relative tolerance of solvers that are given none, by the dtype of the state. In
+# half precision it is a few units in the last place: rounding keeps the residual from
+# falling much further. The absolute tolerance is a hundredth of it.
+_DEFAULT_RTOL = {"float64": 1e-8, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 
 class Progress(eqx.Module):
@@ -130,8 +136,9 @@ class AbstractSolver(
 
         ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖
 
-    With `rtol=None, atol=None` nothing is tested, and exactly `max_steps` steps are
-    taken in a loop of static length.
+    A tolerance "auto" is that of the coarsest dtype in the state. With
+    `rtol=None, atol=None` nothing is tested, and exactly `max_steps` steps are taken in
+    a loop of static length.
     """
 
     # optimistix has floats alone; None is for a solve without a test.
@@ -147,19 +154,19 @@ class AbstractSolver(
 
     def __check_init__(self):
         for name, tol in (("rtol", self.rtol), ("atol", self.atol)):
-            if tol is None or isinstance(tol, Array):
+            if tol is None or isinstance(tol, Array) or tol == "auto":
                 continue
             if isinstance(tol, bool) or not (
                 isinstance(tol, int | float) and math.isfinite(tol) and tol >= 0
             ):
                 raise ValueError(
-                    f"`{name}` must be a non-negative number, or None for a solve "
-                    f"without a test; got {tol!r}."
+                    f'`{name}` must be a non-negative number, "auto" for that of the '
+                    f"dtype, or None for a solve without a test; got {tol!r}."
                 )
         if (self.rtol is None) != (self.atol is None):
             raise ValueError(
-                f"`rtol` and `atol` must both be numbers, or both None for a loop of "
-                f"static length; got rtol={self.rtol!r}, atol={self.atol!r}."
+                f"`rtol` and `atol` must both be tolerances, or both None for a loop "
+                f"of static length; got rtol={self.rtol!r}, atol={self.atol!r}."
             )
         check_count("batch_ndim", self.batch_ndim, 0)
         check_count("min_steps", self.min_steps, 0)
@@ -169,15 +176,32 @@ class AbstractSolver(
         """Whether the solve tests nothing and takes exactly `max_steps` steps."""
         return self.rtol is None
 
-    def passes(self, residual: Reals, norm: Reals) -> Flags:
+    def tolerances(self, z: PyTree) -> tuple[float | Array, float | Array] | None:
+        """`rtol` and `atol` for the state z, of which the dtypes count; None: no test.
+
+        The coarsest dtype decides: the norms are those of the whole state.
+        """
+        if self.rtol is None or self.atol is None:
+            return None
+        dtypes = [leaf.dtype for leaf in jtu.tree_leaves(z)]
+        coarsest = max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
+        known = _DEFAULT_RTOL.get(coarsest.name, 4 * float(jnp.finfo(coarsest).eps))
+        rtol = known if isinstance(self.rtol, str) else self.rtol
+        return rtol, known / 100 if isinstance(self.atol, str) else self.atol
+
+    def passes(self, residual: Reals, norm: Reals, z: PyTree) -> Flags:
         """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true).
+
+        z is the state, for tolerances that its dtype decides.
 
         Squares of numbers around 1e-19 in float32 are lost, and a residual of 0 may be
         one of that size. So a tolerance below what norms resolve is never met.
         """
-        if self.rtol is None or self.atol is None:
+        tolerances = self.tolerances(z)
+        if tolerances is None:
             return jnp.zeros_like(norm, dtype=bool)
-        tol = self.atol + self.rtol * norm
+        rtol, atol = tolerances
+        tol = atol + rtol * norm
         resolved = 2.0**10 * math.sqrt(float(jnp.finfo(norm.dtype).tiny))
         return (jnp.maximum(residual, resolved) <= tol) & jnp.isfinite(norm)
 
@@ -205,7 +229,8 @@ class AbstractSolver(
             norm = _tree.norm(f, self.batch_ndim)
         finite = jnp.isfinite(residual) & jnp.isfinite(norm)
         first = progress.num_steps == 0
-        converged = self.passes(residual, norm) & (progress.num_steps >= self.min_steps)
+        enough = progress.num_steps >= self.min_steps
+        converged = self.passes(residual, norm, z) & enough
         improved = first | (finite & ~(progress.residual <= residual)) | converged
         take = active & improved
         failed = active & ~finite & ~jnp.asarray(recovers)
