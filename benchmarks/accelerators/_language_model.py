@@ -20,7 +20,7 @@ class Step(NamedTuple):
     """A training step to measure."""
 
     dtype: str
-    adjoint: str  # "reversible" or "unrolled"
+    adjoint: str  # "reversible", "unrolled" or "implicit"
     depth: int  # steps of the solve
 
     @property
@@ -64,6 +64,8 @@ def loss_of(static: Any, step: Step) -> Callable:
         model = eqx.combine(cast(params, step.dtype), static)
         if step.adjoint == "reversible":
             adjoint = deqjax.ReversibleAdjoint(probe=probe)
+        elif step.adjoint == "implicit":
+            adjoint = deqjax.ImplicitAdjoint(probe=probe)
         else:
             adjoint = deqjax.UnrolledAdjoint()
         model = eqx.tree_at(

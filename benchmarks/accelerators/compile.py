@@ -28,9 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -38,6 +40,7 @@ import deqjax
 
 from .. import _published as published, _solver_measures as measures
 from .._reversal_costs import CELLS, Cell
+from . import _language_model as language_model
 from ._cells import structs
 from ._session import reason
 
@@ -208,6 +211,23 @@ def _model(where: Any, row: published.Row) -> Finding:
     return read(program, temporaries=measures.temp_bytes(program))
 
 
+def _training(where: Any, step: language_model.Step) -> Finding:
+    """A step of training of the RevDEQ language model, 32 sequences of 448 tokens."""
+    row = next(r for r in published.ROWS if r.name == "RevDEQLM.wikitext103")
+    params, static = eqx.partition(published.shapes(row)[0], _is_inexact)
+    optimiser = optax.adamw(1e-3)
+    tokens = jax.ShapeDtypeStruct((32, 448), jnp.int32)
+    state = jax.eval_shape(optimiser.init, params)
+    given = params, state, deqjax.BackwardStats(), tokens, tokens
+    run = language_model.train_step(static, step, optimiser)
+    program = compile_for(where, lambda given: run(*given), given)
+    return read(program, temporaries=measures.temp_bytes(program))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def cells(dtype: str, only: Sequence[str]) -> dict[str, Cell]:
     """Those of `reversal.py`, in a dtype."""
     cast = lambda t: t.astype(dtype)
@@ -216,6 +236,11 @@ def cells(dtype: str, only: Sequence[str]) -> dict[str, Cell]:
         name: Cell(c.fn, jax.tree.map(cast, c.args), c.shape, jnp.dtype(dtype))
         for name, c in made.items()
     }
+
+
+def names_of_models() -> tuple[str, ...]:
+    """The published configurations."""
+    return tuple(row.name for row in published.ROWS)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -229,10 +254,14 @@ def command_line() -> argparse.ArgumentParser:
     add("--target", nargs="+", choices=TARGETS, default=TARGETS, help="(default: all)")
     add("--cells", nargs="+", choices=tuple(CELLS), default=tuple(CELLS))
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    names = tuple(row.name for row in published.ROWS)
-    add("--models", nargs="*", choices=names, default=(), metavar="MODEL",
-        help="published models, or `--models` alone for all of them; takes about half "
-        "a minute for each (default: none)")  # fmt: skip
+    names = names_of_models()
+    add("--models", nargs="*", choices=names, metavar="MODEL",
+        help="published models, or `--models` alone for all of them; takes half a "
+        "minute or more for each (default: none)")  # fmt: skip
+    add("--training", nargs="+", metavar="DEPTH", type=int, default=(),
+        help="steps of training of the RevDEQ language model of published size, in "
+        "bfloat16, by each adjoint, with so many steps of the solve (default: none)",
+    )  # fmt: skip
     add("--output", type=pathlib.Path, metavar="FILE",
         help="a JSON file for what is printed; what it holds already is replaced "
         "program by program")  # fmt: skip
@@ -253,8 +282,14 @@ def programs(
         for label, solver in SOLVERS.items():
             title = f"{target}, MLP, float32, {label}"
             yield title, ft.partial(_solved, where, small, solver)
+    for depth in options.training:
+        for adjoint in ("reversible", "implicit", "unrolled"):
+            step = language_model.Step("bfloat16", adjoint, depth)
+            title = f"{target}, step of training, {step.name}"
+            yield title, ft.partial(_training, where, step)
+    chosen = () if options.models is None else options.models or names_of_models()
     for row in published.ROWS:
-        if row.name in options.models:
+        if row.name in chosen:
             title = f"{target}, {row.name}, float32, gradient of one example"
             yield title, ft.partial(_model, where, row)
 
