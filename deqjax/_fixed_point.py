@@ -133,7 +133,9 @@ def fixed_point(
     whole = jtu.tree_structure(z0)
     given = plain_within((solver, adjoint, options), whole)
     numbers, fixed = inputs_and_rest(given)
-    structures = tuple(jtu.tree_structure(t) for t in (iterate, traced.struct))
+    # That of the numbers too: None is no number, and stands for one that is an input.
+    trees = iterate, traced.struct, numbers
+    structures = tuple(jtu.tree_structure(t) for t in trees)
     statics = (fixed, tags, max_steps, structures)
     program, consts = PROGRAMS.find(traced.closed, statics)
     try:
@@ -198,7 +200,7 @@ def _traced(
 
 def _solver_of(jaxpr: Any, statics: PyTree) -> Callable:
     """The program that solves for a map with this jaxpr."""
-    fixed, tags, max_steps, (start, output) = statics
+    fixed, tags, max_steps, (start, output, _) = statics
 
     def solve(
         consts: list[Array], inputs: list[Array], numbers: PyTree

@@ -131,7 +131,8 @@ def test_tolerances_keep_their_digits(x64):
     assert 1e-14 < float(sol.stats["relative_residual"]) <= 1e-13
 
 
-def test_an_undamped_solve_is_a_program_of_its_own():
+def test_an_undamped_solve_is_a_program_of_its_own(monkeypatch):
+    monkeypatch.setattr(PROGRAMS, "most", 1000)
     f = lambda z, _: jnp.where(z > 100, 1.0, 2.0) * jnp.ones_like(z)
     z0 = jnp.full(2, jnp.inf)
     undamped = deqjax.fixed_point(
@@ -143,6 +144,17 @@ def test_an_undamped_solve_is_a_program_of_its_own():
         given = {"solver": Picard(None, None, beta=beta), "max_steps": 3}
         deqjax.fixed_point(f, jnp.zeros(2), **given)
     assert len(PROGRAMS) == before + 1
+
+
+def test_no_tolerance_is_another_program_than_a_traced_one():
+    """One map, by turns: what is no array in a result is that of its own program."""
+    f = lambda z, _: 0.5 * z + 1
+    for _ in range(2):
+        tested = deqjax.fixed_point(f, jnp.zeros(2), solver=Picard(1e-4, 1e-4))
+        static = deqjax.fixed_point(f, jnp.zeros(2), solver=Picard(None, None))
+        assert int(tested.stats["num_evals"]) < int(static.stats["num_evals"]) == 64
+        assert bool(tested.stats["converged"])
+        assert not bool(static.stats["converged"])
 
 
 class Counting(optx.FixedPointIteration):
