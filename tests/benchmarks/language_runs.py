@@ -37,11 +37,17 @@ def start(given, **env):
     )
 
 
+def finish_all(processes):
+    """What runs printed, which all have to succeed."""
+    outputs = [process.communicate()[0].decode() for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
 def finish(process):
     """What a run printed, which has to succeed."""
-    output = process.communicate()[0].decode()
-    assert process.returncode == 0, output
-    return output
+    return finish_all([process])[0]
 
 
 def saved_steps(out):

@@ -12,6 +12,7 @@ import pytest
 from tests.benchmarks.language_runs import (
     ROOT,
     finish,
+    finish_all,
     losses,
     options,
     saved_steps,
@@ -84,7 +85,7 @@ def test_two_processes_train_as_one(tmp_path, text):
         processes = [
             start([*given, place.format(i)], XLA_FLAGS=f"{FLAG}4") for i in range(2)
         ]
-        return [finish(process) for process in processes]
+        return finish_all(processes)
 
     first, second = pair()
     assert "bits per byte:" in first
