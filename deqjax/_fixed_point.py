@@ -1,5 +1,6 @@
 """The entry point."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,8 +21,7 @@ from ._tree import batch_shape
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint, UnrolledAdjoint
 from .solvers import Anderson, Picard, Reversible
 from .solvers._base import AbstractSolver, check_count
-from .solvers._foreign import KINDS, Foreign, adapt
-from .solvers._reversible import ReversibleState
+from .solvers._optimistix import KINDS, FromOptimistix, as_solver
 
 
 def fixed_point(
@@ -121,7 +121,7 @@ def fixed_point(
             "is evaluated for all of them at once. Use `jax.vmap`, or a solve without "
             "a test (`rtol=None, atol=None`)."
         )
-    solver = adapt(solver)
+    solver = as_solver(solver)
     options = _canonical_options(solver, options)
     z0 = jtu.tree_map_with_path(_canonical_leaf, z0)
     _check_budget(solver, z0, options.get("step_budget"), has_aux)
@@ -150,9 +150,9 @@ def fixed_point(
     aux, state = sol.aux, sol.state
     if has_aux:
         aux = rebuilt(eqx.combine(aux, traced.static[1]), of_aux)
-    if isinstance(state, ReversibleState):
-        y = rebuilt(state.companion, whole)
-        state = ReversibleState(y, state.progress, state.num_evals)
+    if isinstance(solver, Reversible):
+        y = rebuilt(state.memory, whole)
+        state = dataclasses.replace(state, memory=y)
     return optx.Solution(rebuilt(sol.value, whole), sol.result, aux, sol.stats, state)
 
 
@@ -228,8 +228,8 @@ def _solver_of(jaxpr: Any, statics: PyTree) -> Callable:
             throw=False,
             tags=tags,
         )
-        if isinstance(solver, Foreign):
-            sol = solver.judged(sol)
+        if isinstance(solver, FromOptimistix):
+            sol = solver.checked(sol)
         return sol
 
     return solve
@@ -338,7 +338,7 @@ def _check_budget(solver: Any, z0: PyTree, budget: Array | None, has_aux: bool) 
             f"for every problem, of the shape {batch} of the batch (`batch_ndim` of "
             f"the solver says which axes those are); got the shape {budget.shape}."
         )
-    if has_aux and solver.static and not solver.returns_best:
+    if has_aux and not solver.keeps_best:
         raise ValueError(
             "With `has_aux=True` a solve without a test has one budget: `aux` is that "
             "of the last evaluation, which is not the last one of every problem. Use "

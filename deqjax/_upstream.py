@@ -1,11 +1,6 @@
-"""The only door to what equinox and optimistix do not export as public API.
+"""The only door to what equinox and optimistix do not export as public API."""
 
-`optimistix` hands an adjoint a pure function and the tuple of its inputs
-(`_iterate.py`, `iterative_solve`); `Inputs` and `Outputs` name the places of those
-tuples, so that nothing else in deqjax depends on their order.
-"""
-
-from typing import Any, NamedTuple
+from typing import Any
 
 from equinox.internal import (
     Static as Static,
@@ -15,6 +10,7 @@ from equinox.internal import (
     unvmap_max as unvmap_max,
     while_loop as while_loop,
 )
+from optimistix._misc import wrap_jaxpr as wrap_jaxpr
 
 # Loops of static length up to this one are unrolled if they are backpropagated through:
 # equinox's checkpointed loop took 1.7 times the time (8 Picard steps on an MLP), and
@@ -30,39 +26,3 @@ def bind(eqn: Any, inputs: list[Any]) -> list[Any]:
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*functions, *inputs, **params)
     return outputs if eqn.primitive.multiple_results else [outputs]
-
-
-class Inputs(NamedTuple):
-    """What optimistix passes to `AbstractAdjoint.apply` as `inputs`."""
-
-    fn: Any
-    solver: Any
-    y0: Any
-    args: Any
-    options: Any
-    max_steps: Any
-    f_struct: Any
-    aux_struct: Any
-    tags: Any
-
-
-class Extras(NamedTuple):
-    """What optimistix's primal function returns beside the solution."""
-
-    num_steps: Any
-    result: Any
-    dynamic_state: Any
-    static_state: Any
-    aux: Any
-    stats: Any
-
-
-class Carry(NamedTuple):
-    """What optimistix carries through the loop that the adjoint supplies."""
-
-    y: Any
-    num_steps: Any
-    state: Any
-    aux: Any
-    terminate: Any
-    result: Any

@@ -6,6 +6,7 @@ that is never used: pulling a cotangent back is an error that names the entry, a
 tangent, which forward mode computes whether or not somebody uses it, is infinite.
 """
 
+import dataclasses
 import functools as ft
 from typing import Any, NamedTuple
 
@@ -13,38 +14,34 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .. import _tree
-from .._upstream import Extras, nondifferentiable_backward
-from ._loop import companion
+from .._problem import Solved
+from .._upstream import nondifferentiable_backward
 
 
-def detach(value: PyTree, extras: Extras, *, exact: PyTree = None) -> Extras:
-    """The extras, of which aux alone can be differentiated.
+def detach(solved: Solved, *, exact: bool = False) -> Solved:
+    """What was solved, of which value and aux alone can be differentiated.
 
-    Args:
-        value: the answer, which depends on all that the solve depends on.
-        extras: of the same solve.
-        exact: the companion of the answer, where its derivative is that of the steps.
+    With `exact` the companion can be, too: its derivative is that of the steps.
     """
+    value, companion = solved.value, solved.companion
     parts = [
         jnp.sum(x.astype(_tree.wide(x.dtype)))
         for x in jtu.tree_leaves(eqx.filter(value, eqx.is_inexact_array))
     ]
-    refuse = ft.partial(_refuse, origin=_tree.total(parts), count=extras.num_steps)
+    refuse = ft.partial(_refuse, origin=_tree.total(parts), count=solved.num_steps)
     # Integers too are constants to JAX then: optimistix puts the result into branches.
-    rest = jtu.tree_map(_constant, extras._replace(aux=None))
-    named = _Reported(rest.stats, rest.dynamic_state)
+    rest = jtu.tree_map(_constant, solved._replace(value=None, aux=None))
+    named = _Reported(rest.stats, rest.state)
     stats, state = jtu.tree_map_with_path(refuse, named)
-    rest = rest._replace(stats=stats, dynamic_state=state, aux=extras.aux)
-    found = companion(extras)
-    if found is None:
-        return rest
-    if exact is None:
-        path = (jtu.GetAttrKey("state"), jtu.GetAttrKey("companion"))
-        exact = jtu.tree_map(ft.partial(refuse, path), found)
-    return eqx.tree_at(lambda e: e.dynamic_state.companion, rest, exact)
+    if companion is not None:
+        if not exact:
+            path = (jtu.GetAttrKey("state"), jtu.GetAttrKey("companion"))
+            companion = jtu.tree_map(ft.partial(refuse, path), companion)
+        state = dataclasses.replace(state, memory=companion)
+    return rest._replace(value=value, aux=solved.aux, stats=stats, state=state)
 
 
 class _Reported(NamedTuple):

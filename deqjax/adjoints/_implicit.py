@@ -5,7 +5,7 @@ At R(z, θ) = 0 (for a fixed point R = z − f(z, θ)) the tangents satisfy
     A ż = −B θ̇,        A = ∂R/∂z,  B = ∂R/∂θ .
 
 One custom JVP rule serves this adjoint and those that approximate A⁻¹; they differ
-only in the `AbstractInverse` that stands for it. The rule is linear in θ̇ and
+only in the `AdjointSolve` that stands for it. The rule is linear in θ̇ and
 transposable, so that forward mode, reverse mode and their compositions come from it.
 """
 
@@ -23,20 +23,20 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._problem import Problem, Solved
 from .._types import Flags
-from .._upstream import Extras, Inputs
 from ..linear import GMRES
 from ..linear._base import AbstractIterative
-from ..solvers._base import AbstractSolver
+from ..solvers._drive import drive
+from ._base import AbstractAdjoint
 from ._detach import detach
 from ._forward_products import transpose
-from ._inverse import AbstractInverse, LinearSolve, negated
-from ._loop import SolverLoop, as_inputs, solve
+from ._inverse import AdjointSolve, LinearSolve, negated
 from ._shield import report, rescued, safe_point, silence, silence_aux
 from ._stats import BackwardStats, check_probe
 
 
-class ImplicitAdjoint(optx.AbstractAdjoint):
+class ImplicitAdjoint(AbstractAdjoint):
     r"""The exact gradient of the fixed point, by the implicit function theorem.
 
     $$ \dot z^* = (I - J)^{-1}\, \partial_\theta f\, \dot\theta, \qquad
@@ -123,28 +123,21 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
                 f'`on_failure` must be "keep", "nan" or "jfb"; got {self.on_failure!r}.'
             )
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
-        k = batch_ndim_of(named)
+    def solve(self, problem: Problem) -> Solved:
+        k, tags = problem.batch_ndim, problem.tags
         linear_solver = _of_batch(self.linear_solver, k)
-        if isinstance(named.solver, optx.AbstractFixedPointSolver):
+        if isinstance(problem.solver, optx.AbstractFixedPointSolver):
             # Given for J − I; the system is one with I − J.
             tags = negated(tags)
         elif self.on_failure == "jfb":
             raise ValueError(
                 '`on_failure="jfb"` replaces I − J by I and so needs a fixed-point '
-                f"problem; got one for {type(named.solver).__name__}. Use "
+                f"problem; got one for {type(problem.solver).__name__}. Use "
                 '"keep" or "nan".'
             )
         initial = self.initial
         if initial is not None:
-            _check_like(initial, named.y0)
+            _check_like(initial, problem.y0)
             initial = lax.stop_gradient(initial)
         inverse = LinearSolve(
             batch_ndim=k,
@@ -153,13 +146,7 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
             on_failure=self.on_failure,
             initial=initial,
         )
-        return apply_implicit(primal_fn, rewrite_fn, named, inverse, self.probe)
-
-
-def batch_ndim_of(inputs: Inputs) -> int:
-    """The number of leading axes that index independent problems."""
-    solver = inputs.solver
-    return solver.batch_ndim if isinstance(solver, AbstractSolver) else 0
+        return solve_implicitly(problem, inverse, self.probe)
 
 
 def _of_batch(
@@ -178,16 +165,6 @@ def _of_batch(
     return dataclasses.replace(solver, batch_ndim=batch_ndim)
 
 
-def check_fixed_point(adjoint: optx.AbstractAdjoint, inputs: Inputs) -> None:
-    """Raise unless the problem is one in which I − J is to be inverted."""
-    if not isinstance(inputs.solver, optx.AbstractFixedPointSolver):
-        raise TypeError(
-            f"`{type(adjoint).__name__}` approximates the inverse of I − J and so "
-            f"needs a fixed-point problem; got one for {type(inputs.solver).__name__}. "
-            "Use `deqjax.fixed_point`."
-        )
-
-
 def _check_like(initial: PyTree, z: PyTree) -> None:
     bare = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     want, got = (jtu.tree_map(bare, t) for t in (z, initial))
@@ -199,93 +176,83 @@ def _check_like(initial: PyTree, z: PyTree) -> None:
         )
 
 
-def apply_implicit(
-    primal_fn: Callable,
-    rewrite_fn: Callable,
-    inputs: Inputs,
-    inverse: AbstractInverse,
-    probe: BackwardStats | None,
-) -> PyTree:
-    value, extras = _implicit(primal_fn, rewrite_fn, inputs, inverse, probe)
-    return value, tuple(detach(value, extras))
+def solve_implicitly(
+    problem: Problem, inverse: AdjointSolve, probe: BackwardStats | None
+) -> Solved:
+    """Solve, with the implicit rule for a derivative."""
+    return detach(_implicit(problem, inverse, probe))
 
 
 @eqx.filter_custom_jvp
 def _implicit(
-    primal_fn: Callable,
-    rewrite_fn: Callable,
-    inputs: Inputs,
-    inverse: AbstractInverse,
-    probe: BackwardStats | None,
-) -> tuple[PyTree, Extras]:
-    value, extras = solve(primal_fn, inputs, SolverLoop(inputs))
-    return jtu.tree_map(jnp.asarray, (value, extras))
+    problem: Problem, inverse: AdjointSolve, probe: BackwardStats | None
+) -> Solved:
+    return jtu.tree_map(jnp.asarray, drive(problem))
 
 
-def _residual(rewrite_fn: Callable, inputs: Inputs, z: PyTree) -> tuple[PyTree, PyTree]:
+def _residual(problem: Problem, z: PyTree) -> tuple[PyTree, PyTree]:
     """R(z) and the differentiable part of aux, from one evaluation of fn."""
-    if isinstance(inputs.solver, optx.AbstractFixedPointSolver):
-        f, aux = inputs.fn(z, inputs.args)
+    if isinstance(problem.solver, optx.AbstractFixedPointSolver):
+        f, aux = problem.fn(z, problem.args)
         residual = jtu.tree_map(jnp.subtract, z, f)
-    elif isinstance(inputs.solver, optx.AbstractRootFinder):
-        residual, aux = inputs.fn(z, inputs.args)
+    elif isinstance(problem.solver, optx.AbstractRootFinder):
+        residual, aux = problem.fn(z, problem.args)
     else:
         # Least squares and minimisation: R is a gradient of fn, evaluated inside.
-        residual, aux = rewrite_fn(z, None, tuple(inputs)), None
+        residual, aux = problem.rewrite_fn(z, None, tuple(problem)[:-1]), None
     return residual, eqx.filter(aux, eqx.is_inexact_array)
 
 
 @_implicit.def_jvp
 def _implicit_jvp(primals, tangents):
-    primal_fn, rewrite_fn, inputs, inverse, probe = primals
-    _, _, t_inputs, _, t_probe = tangents
-    value, extras = _implicit(primal_fn, rewrite_fn, inputs, inverse, probe)
+    problem, inverse, probe = primals
+    t_problem, _, t_probe = tangents
+    solved = _implicit(problem, inverse, probe)
+    value, constant = solved.value, jtu.tree_map(lambda _: None, solved)
 
     # The fixed point depends on what fn sees, not on where the solver started.
-    t_theta = (t_inputs.fn, t_inputs.args)
+    t_theta = (t_problem.fn, t_problem.args)
     still = jtu.tree_map(lambda t: t is None, t_theta, is_leaf=_is_none)
-    fixed, theta = eqx.partition((inputs.fn, inputs.args), still, is_leaf=_is_none)
-    zero_extras = jtu.tree_map(lambda _: None, extras)
+    fixed, theta = eqx.partition((problem.fn, problem.args), still, is_leaf=_is_none)
     probing = None
     if probe is not None and jtu.tree_leaves(t_probe):
         materialise = lambda t, p: jnp.zeros_like(p) if t is None else t
         t_probe = jtu.tree_map(materialise, t_probe, probe, is_leaf=_is_none)
         probing = (probe, t_probe)
     if probing is None and not jtu.tree_leaves(t_theta):
-        return (value, extras), (jtu.tree_map(lambda _: None, value), zero_extras)
+        return solved, constant
 
     def evaluate(z: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
         fn, args = eqx.combine(theta, fixed)
-        return _residual(rewrite_fn, inputs._replace(fn=fn, args=args), z)
+        return _residual(problem._replace(fn=fn, args=args), z)
 
-    state = eqx.combine(extras.dynamic_state, extras.static_state.value)
-    inverse = inverse.after(state)
+    inverse = inverse.after(solved.state)
     at, live = value, None
     if inverse.shields:
         live = _tree.all_finite(value, inverse.batch_ndim)
-        at = safe_point(value, inputs.y0, live)
+        at = safe_point(value, problem.y0, live)
     # One evaluation; everything below is made of its pull-back.
     (residual, aux), pull = jax.vjp(evaluate, at, theta)
     if live is not None:
         live = live & _tree.all_finite(residual, inverse.batch_ndim)
 
     def linearise(live: Flags, sound: Flags) -> Callable:
-        return jax.vjp(evaluate, safe_point(at, inputs.y0, live, sound), theta)[1]
+        return jax.vjp(evaluate, safe_point(at, problem.y0, live, sound), theta)[1]
 
     t_value, t_aux = _tangents(
         inverse,
         pull,
         (residual, aux),
-        eqx.filter((at, inputs.fn, inputs.args), eqx.is_inexact_array),
+        eqx.filter((at, problem.fn, problem.args), eqx.is_inexact_array),
         t_theta,
         probing,
-        (live, eqx.filter(extras.aux, eqx.is_inexact_array), linearise),
+        (live, eqx.filter(solved.aux, eqx.is_inexact_array), linearise),
     )
-    return (value, extras), (t_value, zero_extras._replace(aux=t_aux))
+    return solved, constant._replace(value=t_value, aux=t_aux)
 
 
 def _tangents(
-    inverse: AbstractInverse,
+    inverse: AdjointSolve,
     pull: Callable,
     outputs: tuple[PyTree, PyTree],
     point: PyTree,
@@ -311,10 +278,7 @@ def _tangents(
     stats, t_probe = (None, None) if probe is None else probe
     live, seen, linearise = shield
 
-    def pull_residual(ct: PyTree) -> tuple[PyTree, PyTree]:
-        z, d = pull((ct, no_aux))
-        return inverse.product(z, ct), d
-
+    pull_residual = lambda ct: pull((ct, no_aux))
     adjoint = lambda ct: pull((ct, no_aux))[0]
     operator = transpose(adjoint, residual, point)
     push_theta = transpose(lambda ct: pull_residual(ct)[1], residual, point)

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._types import Reals
-from ..linear._base import AbstractIterative
+from ..linear._base import AbstractIterative, widened
+from ..linear._neumann import add, series
 from ._forward_products import Linear
 
 
-class AbstractInverse(eqx.Module):
+class AdjointSolve(eqx.Module):
     """Stands for A⁻¹ in the implicit rule."""
 
     batch_ndim: eqx.AbstractVar[int]
@@ -26,13 +27,9 @@ class AbstractInverse(eqx.Module):
         """Whether a problem whose solve failed is kept from spoiling the others."""
         return True
 
-    def after(self, state: PyTree) -> "AbstractInverse":
+    def after(self, state: PyTree) -> "AdjointSolve":
         """This inverse, given the state that the forward solver ended in."""
         return self
-
-    @abc.abstractmethod
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        """Aᵀ v as this inverse inverts it, given the exact product."""
 
     @abc.abstractmethod
     def approximate(
@@ -69,7 +66,7 @@ class AbstractInverse(eqx.Module):
         return value, entries
 
 
-class LinearSolve(AbstractInverse):
+class LinearSolve(AdjointSolve):
     """A⁻¹ by a lineax solver, in both directions.
 
     `initial`, if given, is where the transposed solve starts.
@@ -84,9 +81,6 @@ class LinearSolve(AbstractInverse):
     @property
     def shields(self) -> bool:
         return self.on_failure != "nan"
-
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        return exact
 
     def approximate(
         self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
@@ -135,6 +129,24 @@ class LinearSolve(AbstractInverse):
             "converged": converged if tested else None,
         }
         return value, known
+
+
+class Series(AdjointSolve):
+    """(I − J)⁻¹ ≈ β Σ_{t<k} ((1 − β) I + βJ)ᵗ; for k = 1 and β = 1 it is I."""
+
+    num_terms: int
+    beta: float | Array
+    batch_ndim: int
+
+    def approximate(
+        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
+    ) -> tuple[PyTree, dict[str, Any]]:
+        product = widened(operator, jax.eval_shape(lambda: rhs))
+        b = jtu.tree_map(lambda x: x.astype(_tree.wide(x.dtype)), rhs)
+        correct = lambda x, r: add(self.beta, x, r)
+        wide, products = series(product, correct, b, None, self.num_terms)
+        value = jtu.tree_map(lambda x, y: x.astype(y.dtype), wide, rhs)
+        return value, {"num_products": jnp.array(products)}
 
 
 def measured(

@@ -1,36 +1,15 @@
 """Jacobian-free backpropagation: the implicit rule without its linear solve."""
 
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
-import jax.numpy as jnp
-import optimistix as optx
-from jaxtyping import PyTree
 
-from .._types import Reals
-from ._forward_products import Linear
-from ._implicit import apply_implicit, batch_ndim_of, check_fixed_point
-from ._inverse import AbstractInverse
-from ._loop import as_inputs
+from .._problem import Problem, Solved
+from ._base import AbstractAdjoint
+from ._implicit import solve_implicitly
+from ._inverse import Series
 from ._stats import BackwardStats, check_probe
 
 
-class _Identity(AbstractInverse):
-    """(I − J)⁻¹ ≈ I: the zeroth term of the Neumann series."""
-
-    batch_ndim: int
-
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        return vector
-
-    def approximate(
-        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
-    ) -> tuple[PyTree, dict[str, Any]]:
-        return rhs, {"num_products": jnp.array(0)}
-
-
-class JFBAdjoint(optx.AbstractAdjoint):
+class JFBAdjoint(AbstractAdjoint):
     r"""A biased gradient, Jacobian-free: (I − J)⁻¹ is replaced by I.
 
     $$ \bar\theta = (\partial_\theta f)^\top\, \bar z $$
@@ -74,14 +53,8 @@ class JFBAdjoint(optx.AbstractAdjoint):
     def __check_init__(self):
         check_probe(self.probe)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
-        check_fixed_point(self, named)
-        inverse = _Identity(batch_ndim_of(named))
-        return apply_implicit(primal_fn, rewrite_fn, named, inverse, self.probe)
+    def solve(self, problem: Problem) -> Solved:
+        self.check_fixed_point(problem)
+        # The first term of the Neumann series.
+        inverse = Series(1, 1.0, problem.batch_ndim)
+        return solve_implicitly(problem, inverse, self.probe)

@@ -1,49 +1,17 @@
 """The implicit rule with a truncated Neumann series in place of the inverse."""
 
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
-import optimistix as optx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from .. import _tree
 from .._checks import check_beta, check_count, real, whole
-from .._types import Reals
-from ..linear._base import widened
-from ..linear._neumann import add, series
-from ._forward_products import Linear
-from ._implicit import apply_implicit, batch_ndim_of, check_fixed_point
-from ._inverse import AbstractInverse
-from ._loop import as_inputs
+from .._problem import Problem, Solved
+from ._base import AbstractAdjoint
+from ._implicit import solve_implicitly
+from ._inverse import Series
 from ._stats import BackwardStats, check_probe
 
 
-class _Series(AbstractInverse):
-    """(I − J)⁻¹ ≈ β Σ_{t<k} ((1 − β) I + βJ)ᵗ."""
-
-    num_terms: int
-    beta: float | Array
-    batch_ndim: int
-
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        return exact
-
-    def approximate(
-        self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
-    ) -> tuple[PyTree, dict[str, Any]]:
-        product = widened(operator, jax.eval_shape(lambda: rhs))
-        b = jtu.tree_map(lambda x: x.astype(_tree.wide(x.dtype)), rhs)
-        correct = lambda x, r: add(self.beta, x, r)
-        wide, products = series(product, correct, b, None, self.num_terms)
-        value = jtu.tree_map(lambda x, y: x.astype(y.dtype), wide, rhs)
-        return value, {"num_products": jnp.array(products)}
-
-
-class NeumannAdjoint(optx.AbstractAdjoint):
+class NeumannAdjoint(AbstractAdjoint):
     r"""A biased gradient: (I − J)⁻¹ is replaced by the first terms of its series.
 
     $$ \bar\theta = (\partial_\theta f)^\top \lambda, \qquad
@@ -103,16 +71,7 @@ class NeumannAdjoint(optx.AbstractAdjoint):
         check_beta(self.beta, below=2.0)
         check_probe(self.probe)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
-        check_fixed_point(self, named)
-        inverse = _Series(
-            batch_ndim=batch_ndim_of(named), num_terms=self.num_terms, beta=self.beta
-        )
-        return apply_implicit(primal_fn, rewrite_fn, named, inverse, self.probe)
+    def solve(self, problem: Problem) -> Solved:
+        self.check_fixed_point(problem)
+        inverse = Series(self.num_terms, self.beta, problem.batch_ndim)
+        return solve_implicitly(problem, inverse, self.probe)

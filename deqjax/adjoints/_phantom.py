@@ -1,30 +1,30 @@
 """Phantom gradients: a few damped steps at the answer, differentiated."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import check_beta, check_count, real, whole
+from .._problem import Problem, Solved
 from .._types import Flags, Map
-from .._upstream import Extras, Inputs
+from .._upstream import UNROLL
+from ..solvers._base import relax
+from ..solvers._drive import drive
+from ._base import AbstractAdjoint
 from ._cotangents import constant, floating, materialise, none_like
 from ._detach import detach
-from ._implicit import batch_ndim_of, check_fixed_point
 from ._inverse import measured
-from ._loop import UNROLL, SolverLoop, as_inputs, solve
 from ._shield import report, safe_point, silence, silence_aux
 from ._stats import BackwardStats, check_probe
 
 
-class PhantomAdjoint(optx.AbstractAdjoint):
+class PhantomAdjoint(AbstractAdjoint):
     r"""A biased gradient: that of k damped steps taken from the answer.
 
     $$ \bar\theta = \Big(\frac{\partial u_k}{\partial \theta}\Big)^\top \bar z, \qquad
@@ -85,51 +85,35 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         check_beta(self.beta, below=2.0)
         check_probe(self.probe)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
-        check_fixed_point(self, named)
-        theta = (named.fn, named.args, self.probe)
-        rest, beta = constant((named._replace(fn=None, args=None), self.beta))
-        value, extras = _phantom(theta, rest, self.num_steps, beta, primal_fn)
-        return value, tuple(detach(value, Extras(*extras)))
+    def solve(self, problem: Problem) -> Solved:
+        self.check_fixed_point(problem)
+        theta = (problem.fn, problem.args, self.probe)
+        rest, beta = constant((problem._replace(fn=None, args=None), self.beta))
+        return detach(_phantom(theta, rest, self.num_steps, beta))
 
 
 @eqx.filter_custom_vjp
 def _phantom(
-    theta: PyTree,
-    rest: Inputs,
-    num_steps: int,
-    beta: float | Array,
-    primal_fn: Callable,
-) -> PyTree:
+    theta: PyTree, rest: Problem, num_steps: int, beta: float | Array
+) -> Solved:
     fn, args, _ = theta
-    inputs = rest._replace(fn=fn, args=args)
-    value, extras = solve(primal_fn, inputs, SolverLoop(inputs))
-    return value, tuple(extras)
+    return drive(rest._replace(fn=fn, args=args))
 
 
 @_phantom.def_fwd
-def _phantom_fwd(perturbed, theta, rest, num_steps, beta, primal_fn):
+def _phantom_fwd(perturbed, theta, rest, num_steps, beta):
     # Itself, for the gradient of the gradient.
-    out = _phantom(theta, rest, num_steps, beta, primal_fn)
-    return out, (out[0], floating(Extras(*out[1]).aux))
+    solved = _phantom(theta, rest, num_steps, beta)
+    return solved, (solved.value, floating(solved.aux))
 
 
 @_phantom.def_bwd
-def _phantom_bwd(
-    residuals, cotangents, perturbed, theta, rest, num_steps, beta, primal_fn
-):
+def _phantom_bwd(residuals, cotangents, perturbed, theta, rest, num_steps, beta):
     value, seen = residuals
     fn, args, probe = theta
     p_fn, p_args, p_probe = perturbed
     moving, fixed = eqx.partition((fn, args), (p_fn, p_args))
-    k = batch_ndim_of(rest)
+    k = rest.batch_ndim
     live = _tree.all_finite(value, k)
     start = safe_point(value, rest.y0, live)
 
@@ -138,8 +122,7 @@ def _phantom_bwd(
         f, aux = fn(z, args)
         return f, floating(aux)
 
-    ct_value, ct_extras = cotangents
-    ct_aux = floating(Extras(*ct_extras).aux)
+    ct_value, ct_aux = cotangents.value, floating(cotangents.aux)
     has_aux = bool(jtu.tree_leaves(ct_aux))
     no_aux = _tree.zeros_like(jax.eval_shape(evaluate, start, moving)[1])
     ct_value, ct_aux = materialise((ct_value, ct_aux), (start, no_aux))
@@ -190,13 +173,10 @@ def _steps(
     The others stay at the last finite z, so that none makes NaN on the way back.
     """
 
-    def mix(a: Array, b: Array, e: Array) -> Array:
-        weight = jnp.asarray(beta, a.dtype)
-        return (1 - weight) * a + weight * (b + e)
-
     def step(val: tuple[PyTree, Flags], _: None) -> tuple[tuple[PyTree, Flags], None]:
         z, kept = val
-        new = jtu.tree_map(mix, z, fn(z, moving), shift)
+        shifted = jtu.tree_map(jnp.add, fn(z, moving), shift)
+        new = relax(z, shifted, beta)
         kept = kept & _tree.all_finite(new, batch_ndim)
         return (_tree.where(kept, new, z), kept), None
 

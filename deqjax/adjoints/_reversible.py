@@ -1,30 +1,30 @@
 """The gradient of the reversible iteration, by running it backwards."""
 
 import functools as ft
-from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import refuse_retired
+from .._problem import Problem, Solved
 from .._steps import at_step
-from .._upstream import Extras, Inputs, unvmap_any
+from .._upstream import unvmap_any
+from ..solvers._drive import drive
 from ..solvers._reversible import Reversible
+from ._base import AbstractAdjoint
 from ._cotangents import materialise, none_like
 from ._detach import detach
-from ._loop import as_inputs, companion, solve
 from ._stats import BackwardStats, check_probe
-from ._sweeps import ForwardSweep, Tape, add, last_evaluated, replay, reverse_sweep
+from ._sweeps import Tape, Trace, add, last_evaluated, replay, reverse_sweep
 
 
-class ReversibleAdjoint(optx.AbstractAdjoint):
+class ReversibleAdjoint(AbstractAdjoint):
     r"""The exact gradient of the steps taken, by undoing them one after the other.
 
     Backwards from (y_N, z_N), with z̄ the cotangent of the answer and ȳ that of its
@@ -126,37 +126,31 @@ class ReversibleAdjoint(optx.AbstractAdjoint):
         self.record_bits, self.on_drift = int(record_bits), on_drift
         self.drift_tol, self.probe = float(drift_tol), probe
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
-        solver = named.solver
+    def solve(self, problem: Problem) -> Solved:
+        solver = problem.solver
         if not isinstance(solver, Reversible):
             raise ValueError(
                 "`ReversibleAdjoint` undoes the steps of `deqjax.Reversible` and so "
                 f"needs it as the solver; got {type(solver).__name__}. Use "
                 "`solver=deqjax.Reversible()`, or `deqjax.ImplicitAdjoint()`."
             )
-        if named.max_steps is None:
+        if problem.max_steps is None:
             raise ValueError(
                 "`ReversibleAdjoint` needs a finite `max_steps`; got None."
             )
-        options = dict(named.options)
-        betas = solver.betas(named.y0, options)
-        options.pop("beta", None)
-        start = options.pop("companion", None), named.y0
-        theta = _Theta(named.fn, start, named.args, betas)
+        start = problem.options.get("companion"), problem.y0
+        theta = _Theta(problem.fn, start, problem.args, solver.beta)
+        options = {
+            name: option
+            for name, option in problem.options.items()
+            if name not in ("beta", "companion")
+        }
         solver = eqx.tree_at(lambda s: s.beta, solver, None)
-        rest = named._replace(
+        rest = problem._replace(
             fn=None, y0=None, args=None, solver=solver, options=options
         )
         plan = _Plan(self.record_bits, self.on_drift, self.drift_tol)
-        pair, extras = _reversible((theta, self.probe), rest, plan, primal_fn)
-        return pair[1], tuple(detach(pair[1], Extras(*extras), exact=pair[0]))
+        return detach(_reversible((theta, self.probe), rest, plan), exact=True)
 
 
 class _Theta(eqx.Module):
@@ -170,7 +164,8 @@ class _Theta(eqx.Module):
     args: PyTree
     betas: PyTree
 
-    def inputs(self, rest: Inputs) -> Inputs:
+    def problem(self, rest: Problem) -> Problem:
+        """The problem, from which all of this has been taken out."""
         solver = eqx.tree_at(
             lambda s: s.beta, rest.solver, self.betas, is_leaf=lambda x: x is None
         )
@@ -193,30 +188,23 @@ class _Plan(eqx.Module):
 
 @eqx.filter_custom_vjp
 def _reversible(
-    active: tuple[_Theta, BackwardStats | None],
-    rest: Inputs,
-    plan: _Plan,
-    primal_fn: Callable,
-) -> PyTree:
-    inputs = active[0].inputs(rest)
-    value, extras = solve(primal_fn, inputs, ForwardSweep(inputs, None))
-    return (companion(extras), value), tuple(extras)
+    active: tuple[_Theta, BackwardStats | None], rest: Problem, plan: _Plan
+) -> Solved:
+    return drive(active[0].problem(rest))
 
 
 @_reversible.def_fwd
-def _reversible_fwd(perturbed, active, rest, plan, primal_fn):
-    return _forward(active[0], rest, plan, primal_fn)
+def _reversible_fwd(perturbed, active, rest, plan):
+    return _forward(active[0], rest, plan)
 
 
 @_reversible.def_bwd
-def _reversible_bwd(tape, cotangents, perturbed, active, rest, plan, primal_fn):
-    ct_pair, ct_extras = cotangents
-    ct_aux = eqx.filter(Extras(*ct_extras).aux, eqx.is_inexact_array)
+def _reversible_bwd(trace, cotangents, perturbed, active, rest, plan):
+    ct_pair = cotangents.companion, cotangents.value
+    cts = ct_pair, eqx.filter(cotangents.aux, eqx.is_inexact_array)
     theta, probe = active
     p_theta, p_probe = perturbed
-    gradient, drift, repair = _backward(
-        theta, (ct_pair, ct_aux), tape, p_theta, rest, plan
-    )
+    gradient, drift, repair = _backward(theta, cts, trace, p_theta, rest, plan)
     g_probe = none_like(probe)
     if any(jtu.tree_leaves(p_probe)):
         g_probe = probe.record(drift=drift, repair=repair)
@@ -228,28 +216,36 @@ def _reversible_bwd(tape, cotangents, perturbed, active, rest, plan, primal_fn):
 
 
 @eqx.filter_custom_jvp
-def _forward(theta: _Theta, rest: Inputs, plan: _Plan, primal_fn: Callable) -> PyTree:
-    """The solve, with a tape."""
-    inputs = theta.inputs(rest)
-    sweep = ForwardSweep(inputs, plan.record_bits)
-    value, extras = solve(primal_fn, inputs, sweep)
-    return ((companion(extras), value), tuple(extras)), sweep.tape
+def _forward(theta: _Theta, rest: Problem, plan: _Plan) -> tuple[Solved, Trace]:
+    """The solve, and what going back needs."""
+    problem = theta.problem(rest)
+    solved = drive(problem, tape=Tape.empty(problem, plan.record_bits))
+    record = solved.state.record
+    steps = record.best_step if rest.solver.keeps_best else record.num_steps
+    pair = solved.companion, solved.value
+    return solved._replace(tape=None), Trace(pair, steps, solved.tape)
 
 
 @_forward.def_jvp
 def _forward_jvp(primals, tangents):
-    theta, rest, *_ = primals
-    (_, extras), tape = out = _forward(*primals)
+    theta, rest, _ = primals
+    solved, trace = _forward(*primals)
     moving, fixed = _split(theta, tangents[0])
-    run = lambda moving: _replay(eqx.combine(moving, fixed), rest, tape)
+    run = lambda moving: _replay(eqx.combine(moving, fixed), rest, trace)
     _, (t_pair, t_aux) = jax.jvp(run, (moving,), (tangents[0],))
-    t_extras = none_like(Extras(*extras))._replace(aux=t_aux)
-    return out, ((t_pair, tuple(t_extras)), none_like(tape))
+    t_solved = none_like(solved)._replace(aux=t_aux)
+    t_solved = t_solved._replace(companion=t_pair[0], value=t_pair[1])
+    return (solved, trace), (t_solved, none_like(trace))
 
 
 @eqx.filter_custom_jvp
 def _backward(
-    theta: _Theta, cts: PyTree, tape: Tape, perturbed: PyTree, rest: Inputs, plan: _Plan
+    theta: _Theta,
+    cts: PyTree,
+    trace: Trace,
+    perturbed: PyTree,
+    rest: Problem,
+    plan: _Plan,
 ) -> PyTree:
     """The gradient where it is asked for, the drift, and the largest repair."""
     moving, fixed = eqx.partition(theta, perturbed)
@@ -262,14 +258,16 @@ def _backward(
         f, aux = whole.fn(z, at_step(whole.args, steps))
         return f, eqx.filter(aux, eqx.is_inexact_array)
 
-    weights = lambda moving: eqx.combine(moving, fixed).betas
-    (y, z), (ct_pair, ct_aux) = tape.pair, cts
+    def with_weights(moving: PyTree) -> Reversible:
+        return eqx.combine(moving, fixed).problem(rest).solver
+
+    (y, z), (ct_pair, ct_aux) = trace.pair, cts
     ct_y, ct_z = (materialise(ct, z0) for ct in ct_pair)
     g_aux = None
     if jtu.tree_leaves(ct_aux):
         # aux came from the last evaluation, or from that which tested the answer.
         point = y if solver.static else z
-        at = last_evaluated(tape.steps, solver.static)
+        at = last_evaluated(trace.steps, solver.static)
         (_, aux), pull = jax.vjp(ft.partial(evaluate, steps=at), point, moving)
         g_z, g_aux = pull((_tree.zeros_like(z0), materialise(ct_aux, aux)))
         ct_y, ct_z = (add(ct_y, g_z), ct_z) if solver.static else (ct_y, add(ct_z, g_z))
@@ -277,10 +275,11 @@ def _backward(
     same = solver.static and "step_budget" not in rest.options
     found = reverse_sweep(
         lambda *at: evaluate(*at)[0],
-        weights,
+        with_weights,
         moving,
         (ct_y, ct_z),
-        tape,
+        theta.start,
+        trace,
         rest.max_steps if same else None,
     )
     total = found.moving if g_aux is None else add(found.moving, g_aux)
@@ -296,7 +295,7 @@ def _backward(
     size = _tree.max_abs(jtu.tree_map(larger, z0, z), k)
     bad = ~(found.drift <= plan.drift_tol * size)
     if plan.on_drift == "recompute":
-        again = lambda: _recompute(theta, cts, tape, perturbed, rest)
+        again = lambda: _recompute(theta, cts, trace, perturbed, rest)
         found_now = eqx.filter(gradient, perturbed)
         gradient = lax.cond(unvmap_any(jnp.any(bad)), again, lambda: found_now)
     elif plan.on_drift == "nan":
@@ -311,35 +310,35 @@ def _backward(
 
 @_backward.def_jvp
 def _backward_jvp(primals, tangents):
-    theta, cts, tape, perturbed, rest, _ = primals
+    theta, cts, trace, perturbed, rest, _ = primals
     out = _backward(*primals)
     moving, fixed = _split((theta, cts), tangents[:2])
 
     def run(moving: PyTree) -> PyTree:
         theta, cts = eqx.combine(moving, fixed)
-        return _recompute(theta, cts, tape, perturbed, rest)
+        return _recompute(theta, cts, trace, perturbed, rest)
 
     _, t_gradient = jax.jvp(run, (moving,), (tangents[:2],))
     return out, (t_gradient, None, None)
 
 
 def _recompute(
-    theta: _Theta, cts: PyTree, tape: Tape, perturbed: PyTree, rest: Inputs
+    theta: _Theta, cts: PyTree, trace: Trace, perturbed: PyTree, rest: Problem
 ) -> PyTree:
     """The gradient by backpropagation through the plain loop."""
     moving, fixed = eqx.partition(theta, perturbed)
-    run = lambda moving: _replay(eqx.combine(moving, fixed), rest, tape)
+    run = lambda moving: _replay(eqx.combine(moving, fixed), rest, trace)
     out, pull = jax.vjp(run, moving)
     return pull(materialise(cts, out))[0]
 
 
-def _replay(theta: _Theta, rest: Inputs, tape: Tape) -> PyTree:
+def _replay(theta: _Theta, rest: Problem, trace: Trace) -> PyTree:
     pair, aux = replay(
         theta.fn,
         theta.start,
         theta.args,
         theta.betas,
-        steps=lax.stop_gradient(tape.steps),
+        steps=lax.stop_gradient(trace.steps),
         max_steps=rest.max_steps,
         static=rest.solver.static,
     )

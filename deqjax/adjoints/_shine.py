@@ -1,26 +1,25 @@
 """The implicit rule with the forward solver's own estimate of the inverse."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import real
+from .._problem import Problem, Solved
 from .._types import Reals
 from ..solvers import Broyden
+from ._base import AbstractAdjoint
 from ._forward_products import Linear
-from ._implicit import apply_implicit
-from ._inverse import AbstractInverse
-from ._loop import as_inputs
+from ._implicit import solve_implicitly
+from ._inverse import AdjointSolve
 from ._stats import BackwardStats, check_probe
 
 
-class _Estimate(AbstractInverse):
+class _Estimate(AdjointSolve):
     """(I − J)⁻¹ ≈ B⁻¹, or I where B⁻¹ would stretch a vector too far."""
 
     solver: Broyden
@@ -28,14 +27,11 @@ class _Estimate(AbstractInverse):
     fallback: float | Array | None
     batch_ndim: int
 
-    def after(self, state: PyTree) -> AbstractInverse:
+    def after(self, state: PyTree) -> AdjointSolve:
         state = lax.stop_gradient(state)
         return eqx.tree_at(
             lambda inverse: inverse.state, self, state, is_leaf=lambda x: x is None
         )
-
-    def product(self, exact: PyTree, vector: PyTree) -> PyTree:
-        return exact
 
     def approximate(
         self, operator: Linear, rhs: PyTree, unit: Reals, transposed: bool
@@ -50,7 +46,7 @@ class _Estimate(AbstractInverse):
         return value, {"num_products": jnp.array(0)}
 
 
-class ShineAdjoint(optx.AbstractAdjoint):
+class ShineAdjoint(AbstractAdjoint):
     r"""A biased gradient: (I − J)⁻¹ is replaced by the inverse that Broyden estimated.
 
     $$ \bar\theta = (\partial_\theta f)^\top \lambda, \qquad
@@ -116,15 +112,8 @@ class ShineAdjoint(optx.AbstractAdjoint):
             )
         check_probe(self.probe)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
-        solver = named.solver
+    def solve(self, problem: Problem) -> Solved:
+        solver = problem.solver
         if not isinstance(solver, Broyden):
             raise ValueError(
                 "`ShineAdjoint` shares the estimate of `deqjax.Broyden` and so needs "
@@ -137,4 +126,4 @@ class ShineAdjoint(optx.AbstractAdjoint):
             state=None,
             fallback=self.fallback,
         )
-        return apply_implicit(primal_fn, rewrite_fn, named, inverse, self.probe)
+        return solve_implicitly(problem, inverse, self.probe)

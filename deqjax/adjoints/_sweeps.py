@@ -1,12 +1,13 @@
-"""The reversible iteration, forwards with a tape and backwards along it.
+"""The tape of a reversible solve, and the sweep back along it.
 
-Both sweeps are loops over half steps (a, b) -> (b, a'), a' = (1 − β) a + β f(b), with
-one evaluation of f each.
+Both passes take half steps (a, b) -> (b, a'), a' = (1 − β) a + β f(b), with one
+evaluation of f each. Forwards `_drive.py` takes them, and has what they lose written to
+the tape.
 """
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,221 +17,60 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
+from .._problem import Problem
 from .._steps import at_step
 from .._types import Counts, Reals
-from .._upstream import Carry, Inputs, unvmap_any, unvmap_max
-from ..solvers._base import Progress
-from ..solvers._residues import Record, Residues, least_digits
-from ..solvers._reversible import Reversible, ReversibleState, relax
-from ._loop import SolverLoop
+from .._upstream import unvmap_max
+from ..solvers._base import relax
+from ..solvers._remainders import Lost, Remainders, least_digits
+from ..solvers._reversible import Reversible
 
 
 class Tape(eqx.Module):
-    """All that going back needs.
+    """What the half steps of a solve have lost.
 
     Attributes:
-        start: (y₀, z₀); y₀ is None where it is z₀.
+        lost: of every half step, along the first axis.
+        remainders: how to read it.
+    """
+
+    lost: Lost
+    remainders: Remainders
+
+    @staticmethod
+    def empty(problem: Problem, bits: int) -> "Tape":
+        """A tape for all half steps of a solve, with so many bits per entry of each."""
+        z, solver = problem.y0, problem.solver
+        digits = least_digits(problem.fn, z, problem.args)
+        remainders = Remainders(solver.beta, z, digits, bits, solver.batch_ndim)
+        # Made of z, so that on a mesh with explicit axes it is sharded like it.
+        one = jtu.tree_map(jnp.zeros_like, remainders.record(z, z, z, z))
+        return Tape(_tree.stack_of_zeros(one, 2 * problem.max_steps), remainders)
+
+    def write(self, h: Array, z: PyTree, y: PyTree, f: PyTree, new: PyTree) -> "Tape":
+        """The tape with half step h, in which `new` replaces y, given f = fn(z)."""
+        row = self.remainders.record(y, z, f, new)
+        lost = jtu.tree_map(lambda rows, row: rows.at[h].set(row), self.lost, row)
+        return Tape(lost, self.remainders)
+
+    def read(self, h: Array) -> Lost:
+        """What half step h has lost."""
+        take = ft.partial(lax.dynamic_index_in_dim, keepdims=False)
+        return jtu.tree_map(lambda rows: take(rows, h), self.lost)
+
+
+class Trace(NamedTuple):
+    """All that going back needs, beside the start.
+
+    Attributes:
         pair: (y, z) at the answer.
         steps: the steps that led to it, per problem.
-        records: what every half step has lost, along the first axis.
-        residues: how to read the records.
+        tape: what they have lost.
     """
 
-    start: PyTree
     pair: PyTree
     steps: Counts
-    records: Record
-    residues: Residues
-
-
-class _Carry(eqx.Module):
-    """The pair before half step h, and what the evaluations so far have shown.
-
-    f and aux are those of the last evaluation; f is kept by static solves alone.
-    """
-
-    a: PyTree
-    b: PyTree
-    f: PyTree
-    aux: PyTree
-    progress: Progress
-    num_evals: Array
-    history: Array | None
-    records: Record | None
-
-
-class ForwardSweep(SolverLoop):
-    """The loop of `Reversible`, half step by half step.
-
-    Args:
-        inputs: those of the solve; the solver's `beta` holds the weight of every leaf.
-        record_bits: bits per entry and half step to keep, or None for no tape.
-
-    Attributes:
-        tape: after the loop has been traced, what going back needs.
-    """
-
-    tape: Tape | None = None
-
-    def __init__(self, inputs: Inputs, record_bits: int | None):
-        super().__init__(inputs)
-        self.solver: Reversible = inputs.solver
-        self.betas = self.solver.beta
-        self.residues: Residues | None = None
-        if record_bits is not None:
-            digits = least_digits(inputs.fn, inputs.y0, inputs.args)
-            self.residues = Residues(
-                self.betas, inputs.y0, digits, record_bits, self.solver.batch_ndim
-            )
-
-    def __call__(
-        self,
-        cond_fun: Callable,
-        body_fun: Callable,
-        init_val: tuple,
-        *,
-        max_steps: int | None,
-    ) -> tuple:
-        assert max_steps is not None
-        solver = self.solver
-        start = self._begin(self.start(init_val), max_steps)
-        resumed = self.inputs.options.get("companion") is not None
-        first = (start.a if resumed else None), start.b
-        run = self._run_static if solver.static else self._run_tested
-        final, pair, steps, num_steps = run(start, max_steps)
-        state = ReversibleState(pair[0], final.progress, final.num_evals)
-        if solver.static:
-            done, result = jnp.array(True), solver.outcome(final.b, state)
-        else:
-            done, result = solver.verdict(final.progress)
-        self.history = final.history
-        if self.residues is not None and final.records is not None:
-            self.tape = Tape(first, pair, steps, final.records, self.residues)
-        num_steps = jnp.asarray(num_steps).astype(Carry(*init_val).num_steps.dtype)
-        return tuple(Carry(final.b, num_steps, state, final.aux, done, result))
-
-    def _begin(self, init: Carry, max_steps: int) -> _Carry:
-        z, progress = init.y, init.state.progress
-        records = None
-        if self.residues is not None:
-            # Made of z, so that on a mesh with explicit axes they are sharded like it.
-            one = jtu.tree_map(jnp.zeros_like, self.residues.record(z, z, z, z))
-            records = _tree.stack_of_zeros(one, 2 * max_steps)
-        return _Carry(
-            a=init.state.companion,
-            b=z,
-            f=_tree.zeros_like(z) if self.solver.static else None,
-            aux=init.aux,
-            progress=progress,
-            # Of the batch, so that within `jax.shard_map` it varies as that does.
-            num_evals=jnp.max(progress.num_steps, initial=0),
-            history=self.blank_history(init, max_steps),
-            records=records,
-        )
-
-    def _evaluate(self, h: Array, carry: _Carry) -> tuple[PyTree, PyTree]:
-        """The map, in half step h."""
-        return self.inputs.fn(carry.b, at_step(self.inputs.args, h // 2))
-
-    def _half(
-        self, h: Array, carry: _Carry, f: PyTree, active: Any = None
-    ) -> tuple[PyTree, PyTree, Record | None]:
-        """Half step h of the active problems (None: all): the pair and the records."""
-        a, b, records = carry.a, carry.b, carry.records
-        new = relax(a, f, self.betas)
-        if self.residues is not None:
-            row = self.residues.record(a, b, f, new)
-            records = jtu.tree_map(lambda t, r: t.at[h].set(r), records, row)
-        if active is not None:
-            return *_tree.where(active, (b, new), (a, b)), records
-        return b, new, records
-
-    def _run_static(self, start: _Carry, max_steps: int) -> tuple:
-        solver, options = self.solver, self.inputs.options
-        steps: Any = max_steps
-        limited = "step_budget" in options
-        if limited:
-            steps = jnp.clip(options["step_budget"], 0, max_steps)
-        # A solve of no steps evaluates f once, for what it reports.
-        least_evals = jnp.maximum(2 * steps, 1)
-        num_evals = jnp.max(least_evals)
-
-        def half(h: Array | int, carry: _Carry) -> _Carry:
-            h = jnp.asarray(h, jnp.int32)  # from an integer under `jax.disable_jit`
-            f, aux = self._evaluate(h, carry)
-            active = None
-            if limited:
-                # Problems, and the lanes of a `jax.vmap`, may have other budgets.
-                active = h < 2 * steps
-                last = carry.f, carry.aux
-                f, aux = _tree.where(h < least_evals, (f, aux), last)
-            history = carry.history
-            if history is not None:
-                row = solver.observe_last(carry.progress, carry.b, f).last_residual
-                row = row if active is None else jnp.where(active, row, history[h // 2])
-                history = history.at[h // 2].set(row)
-            a, b, records = self._half(h, carry, f, active)
-            return eqx.tree_at(
-                lambda c: (c.a, c.b, c.f, c.aux, c.history, c.records),
-                carry,
-                (a, b, f, aux, history, records),
-                is_leaf=lambda x: x is None,
-            )
-
-        trips: Any = unvmap_max(num_evals) if limited else 2 * max_steps
-        final = lax.fori_loop(0, trips, half, start)
-        progress = solver.observe_last(final.progress, final.a, final.f)
-        count = jnp.zeros_like(progress.num_steps) + steps
-        counts = progress.counts.at[..., 0].set(count)
-        final = eqx.tree_at(
-            lambda c: (c.progress, c.num_evals),
-            final,
-            (eqx.tree_at(lambda p: p.counts, progress, counts), num_evals),
-        )
-        return final, (final.a, final.b), count, jnp.max(jnp.asarray(steps))
-
-    def _run_tested(self, start: _Carry, max_steps: int) -> tuple:
-        solver, options = self.solver, dict(self.inputs.options)
-        if "step_budget" in options:
-            # A solve of no steps evaluates f once, for what it reports.
-            options["step_budget"] = jnp.maximum(options["step_budget"], 1)
-
-        def go_on(val: tuple) -> Array:
-            h, carry = val
-            active = jnp.any(carry.progress.active(options))
-            # Nothing follows the last test.
-            return unvmap_any(active) & (h < 2 * max_steps - 1)
-
-        def body(val: tuple) -> tuple:
-            h, carry = val
-            active = carry.progress.active(options)
-            f, aux = self._evaluate(h, carry)
-            even = h % 2 == 0
-            pair = (carry.a, carry.b)
-            progress = solver.observe(
-                carry.progress, active & even, pair, carry.b, f, aux
-            )
-            history = carry.history
-            if history is not None:
-                row = jnp.where(active, progress.last_residual, jnp.nan)
-                # A half step that tests nothing writes what is already there.
-                row = jnp.where(even, row, history[h // 2])
-                history = history.at[h // 2].set(row)
-            evals = carry.num_evals + jnp.any(active).astype(jnp.int32)
-            a, b, records = self._half(h, carry, f, progress.active(options))
-            new = _Carry(a, b, None, carry.aux, progress, evals, history, records)
-            return h + 1, new
-
-        first = jnp.array(0, jnp.int32), start
-        _, final = lax.while_loop(go_on, body, first)
-        if "step_budget" in options:
-            budget = jnp.maximum(self.inputs.options["step_budget"], 0)
-            count = jnp.minimum(final.progress.num_steps, budget)
-            counts = final.progress.counts.at[..., 0].set(count)
-            final = eqx.tree_at(lambda c: c.progress.counts, final, counts)
-        progress = final.progress
-        num_steps = jnp.max(progress.num_steps, initial=0)
-        return final, progress.value, progress.best_step, num_steps
+    tape: Tape
 
 
 class Gradient(eqx.Module):
@@ -252,55 +92,58 @@ class Gradient(eqx.Module):
 
 def reverse_sweep(
     evaluate: Callable[[PyTree, PyTree, Array], PyTree],
-    weights: Callable[[PyTree], PyTree],
+    with_weights: Callable[[PyTree], Reversible],
     moving: PyTree,
     cts: tuple[PyTree, PyTree],
-    tape: Tape,
+    start: tuple[PyTree, PyTree],
+    trace: Trace,
     num_steps: int | None,
 ) -> Gradient:
     """Undo half step after half step, and pull the cotangents of the answer back.
 
     Args:
         evaluate: f, of the state, of `moving` and of the steps before.
-        weights: β of every leaf, of `moving`.
+        with_weights: the solver, of `moving`, on which its β may depend.
         moving: what is differentiated besides the start.
         cts: the cotangents of the pair (y, z).
-        tape: from the forward sweep.
+        start: (y₀, z₀); y₀ is None where it is z₀.
+        trace: of the solve.
         num_steps: the steps of a solve whose problems have all taken as many, or None.
     """
     trips: Any = 2 * num_steps if num_steps is not None else None
     if trips is None:
-        trips = 2 * unvmap_max(jnp.max(tape.steps, initial=0))
-    k, (y0, z0) = tape.residues.batch_ndim, tape.start
-    take = ft.partial(lax.dynamic_index_in_dim, keepdims=False)
+        trips = 2 * unvmap_max(jnp.max(trace.steps, initial=0))
+    (y0, z0), (pair, _, tape) = start, trace
+    k = tape.remainders.batch_ndim
 
     def half(i: Array | int, carry: tuple) -> tuple:
         h = jnp.asarray(trips - 1 - i, jnp.int32)
-        (a, b), (ct_a, ct_b), gradient, worst = carry
-        active = None if num_steps is not None else h < 2 * tape.steps
-        # Half step h has evaluated f at a, and has made b.
-        f, pull = jax.vjp(lambda a, moving: evaluate(a, moving, h // 2), a, moving)
-        record = jtu.tree_map(lambda t: take(t, h), tape.records)
-        betas = weights(moving)
+        (y, z), (ct_y, ct_z), gradient, worst = carry
+        active = None if num_steps is not None else h < 2 * trace.steps
+        # Half step h has evaluated f at y, and has made z.
+        f, pull = jax.vjp(lambda y, moving: evaluate(y, moving, h // 2), y, moving)
         # The first half step has replaced y₀, the second z₀.
-        start = z0 if y0 is None else _tree.where(h == 0, y0, z0)
-        before, repair = tape.residues.undo(a, f, b, betas, record, start, h < 2)
-        update = lambda a, f, moving: relax(a, f, weights(moving))
+        known = z0 if y0 is None else _tree.where(h == 0, y0, z0)
+        solver = with_weights(moving)
+        before, repair = solver.undo(
+            z, f, y, tape.remainders, tape.read(h), known, h < 2
+        )
+        update = lambda y, f, moving: with_weights(moving).update(z, f, y)[0]
         _, pull_update = jax.vjp(update, before, f, moving)
-        ct = ct_b if active is None else mask(active, ct_b)
+        ct = ct_z if active is None else mask(active, ct_z)
         ct_before, ct_f, g_weights = pull_update(ct)
-        g_a, g_fn = pull(ct_f)
-        pair, cts = (before, a), (ct_before, add(ct_a, g_a))
+        g_y, g_fn = pull(ct_f)
+        pair, cts = (before, y), (ct_before, add(ct_y, g_y))
         repair = jtu.tree_map(_as_byte, repair)
         if active is not None:
-            pair, cts = _tree.where(active, (pair, cts), ((a, b), (ct_a, ct_b)))
+            pair, cts = _tree.where(active, (pair, cts), ((y, z), (ct_y, ct_z)))
             repair = mask(active, repair)
         gradient = add(add(gradient, g_fn), g_weights)
         return pair, cts, gradient, jtu.tree_map(jnp.maximum, worst, repair)
 
     wide = lambda p: jnp.zeros_like(p, dtype=_tree.wide(p.dtype))
     none = jtu.tree_map(lambda x: jnp.zeros_like(x, dtype=jnp.uint8), z0)
-    first = tape.pair, cts, jtu.tree_map(wide, moving), none
+    first = pair, cts, jtu.tree_map(wide, moving), none
     pair, (ct_a, ct_b), gradient, worst = lax.fori_loop(0, trips, half, first)
     # After the loop: on a mesh a maximum over all entries is communication. Compared
     # before it is subtracted: where z₀ is a product, compilers may contract a − z₀ to

@@ -1,22 +1,18 @@
 """Gradients through the iterates themselves."""
 
-from collections.abc import Callable
-
 import equinox as eqx
-import optimistix as optx
-from jaxtyping import PyTree
 
 from .._checks import check_count, whole
-from .._upstream import Inputs
-from ..solvers._base import AbstractSolver
+from .._problem import Problem, Solved
+from ..solvers._drive import drive
+from ._base import AbstractAdjoint
 from ._cotangents import constant
 from ._detach import detach
-from ._loop import SolverLoop, as_inputs, companion, solve
 from ._stats import BackwardStats, check_probe
 from ._truncated import reported, truncated
 
 
-class UnrolledAdjoint(optx.AbstractAdjoint):
+class UnrolledAdjoint(AbstractAdjoint):
     r"""The exact gradient of the steps taken, by backpropagation; biased if truncated.
 
     Differentiates z_N as the function of θ and z₀ that the solver computes.
@@ -79,44 +75,31 @@ class UnrolledAdjoint(optx.AbstractAdjoint):
             check_count("last", self.last, 1)
         check_probe(self.probe)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree:
-        named = as_inputs(inputs)
+    def solve(self, problem: Problem) -> Solved:
         if self.last is not None:
-            _check_alone(named)
-            value, extras = truncated(
-                primal_fn, named, self.last, self.checkpoints, self.probe
-            )
-            return value, tuple(detach(value, extras))
-        loop = SolverLoop(named, "checkpointed", self.checkpoints)
-        value, extras = solve(primal_fn, named, loop)
+            _check_alone(problem)
+            return detach(truncated(problem, self.last, self.checkpoints, self.probe))
+        solved = drive(problem, kind="checkpointed", checkpoints=self.checkpoints)
         if self.probe is not None:
             entries = {
-                "num_products": extras.num_steps,
-                "forward_residual": extras.stats.get("residual"),
+                "num_products": solved.num_steps,
+                "forward_residual": solved.stats.get("residual"),
             }
-            (value, aux), fixed = eqx.partition(
-                (value, extras.aux), eqx.is_inexact_array
-            )
-            out = reported(((value, aux), self.probe), constant(entries))
-            value, aux = eqx.combine(out, fixed)
-            extras = extras._replace(aux=aux)
-        return value, tuple(detach(value, extras, exact=companion(extras)))
+            found = solved.value, solved.aux, solved.companion
+            found, fixed = eqx.partition(found, eqx.is_inexact_array)
+            out = reported((found, self.probe), constant(entries))
+            value, aux, companion = eqx.combine(out, fixed)
+            solved = solved._replace(value=value, aux=aux, companion=companion)
+        return detach(solved, exact=True)
 
 
-def _check_alone(inputs: Inputs) -> None:
-    solver = inputs.solver
-    tested = isinstance(solver, AbstractSolver) and not solver.static
-    limited = getattr(inputs.options.get("step_budget"), "ndim", 0) > 0
-    if limited or (tested and solver.batch_ndim > 0):
+def _check_alone(problem: Problem) -> None:
+    batch_ndim, static = problem.batch_ndim, getattr(problem.solver, "static", False)
+    limited = getattr(problem.options.get("step_budget"), "ndim", 0) > 0
+    if limited or (batch_ndim > 0 and not static):
         raise ValueError(
             "`last` cuts off the gradient at a step that is the same for all problems, "
-            f"but with `batch_ndim={solver.batch_ndim}` a tested solve ends at another "
+            f"but with `batch_ndim={batch_ndim}` a tested solve ends at another "
             "step for each. Use `jax.vmap` over a solver with `batch_ndim=0`, a solve "
             "of static length (`rtol=None, atol=None`), or "
             "`PhantomAdjoint(num_steps, beta=1.0)`."

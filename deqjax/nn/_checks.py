@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._checks import check_count as check_count, plain, whole
-from ..solvers._foreign import AnySolver
+from ..solvers._optimistix import AnySolver
 
 # Whatever it is: `check_images` looks at it, and says more than a type checker.
 Images: TypeAlias = Any

@@ -16,7 +16,7 @@ from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint
 from ..regularise import correction_points
 from ..solvers import Picard, Reversible
-from ..solvers._foreign import AnySolver
+from ..solvers._optimistix import AnySolver
 from ._checks import check_count
 from ._stateful import refuse_stateful
 

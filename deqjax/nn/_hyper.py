@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._tree import wide
-from ..solvers._foreign import AnySolver
+from ..solvers._optimistix import AnySolver
 from ._checks import check_positive, check_sizes
 from ._deq import DEQ
 

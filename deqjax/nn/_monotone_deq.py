@@ -13,7 +13,7 @@ from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Picard
 from ..solvers._base import AbstractSolver, Measured, statistics
-from ..solvers._foreign import AnySolver
+from ..solvers._optimistix import AnySolver
 from ._checks import batched_solver, check_count
 from ._deq import unless_lost
 from ._monotone import AbstractMonotone

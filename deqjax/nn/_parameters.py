@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import PyTree
 
-from ..solvers._foreign import KINDS
+from ..solvers._optimistix import KINDS
 
 
 def trainable(tree: PyTree) -> PyTree:

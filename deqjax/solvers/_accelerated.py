@@ -1,23 +1,22 @@
-"""What Anderson and Broyden share: the evaluation, the judgement of it, the way back.
+"""Shared by Anderson and Broyden: accept or reject an evaluation, and recover.
 
 An accelerated method proposes its next iterate from a memory of past steps. This file
-makes that safe: each evaluation is entered into the record, and where one has gone
-astray the problem forgets its memory, returns towards its best iterate, and takes a
-shorter step from there.
+makes that safe: where an evaluation has gone astray the problem forgets its memory,
+returns towards its best iterate, and takes a shorter step from there.
 """
 
 import abc
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optimistix as optx
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 
 from .. import _tree
-from .._types import Args, Aux, Counts, Flags, Map, Options, Reals, Y
-from ._base import AbstractSolver, Progress, statistics
+from .._types import Aux, Counts, Flags, Options, Reals, Y
+from ._base import AbstractSolver, Trial
+from ._record import Record
 
 Memory = TypeVar("Memory")
 
@@ -32,160 +31,89 @@ RETREAT = 0.25
 SETBACKS = 12
 
 
-class AcceleratedState(eqx.Module, Generic[Memory]):
-    """The state of an accelerated solve.
+class Guarded(eqx.Module, Generic[Memory]):
+    """The memory of an accelerated method, and how far it can be relied on.
 
     Attributes:
-        progress: the record.
-        memory: what the method keeps of past steps.
-        index: evaluations so far, the same for all problems.
-        trail: per problem, sound evaluations in a row before the next one, and
+        past: what the method keeps of past steps.
+        trail: per problem, valid evaluations in a row before the next one, and
             setbacks not yet made good.
     """
 
-    progress: Progress
-    memory: Memory
-    index: Int[Array, ""]
+    past: Memory
     trail: Int[Array, "*batch 2"]
 
 
-class AbstractAccelerated(
-    AbstractSolver[Y, Aux, AcceleratedState[Memory]], Generic[Y, Aux, Memory]
-):
+class AbstractAccelerated(AbstractSolver[Y, Aux], Generic[Y, Aux, Memory]):
     """A solver that proposes its iterates from a memory of `history` past steps."""
 
     history: eqx.AbstractVar[int]
 
+    freezes_memory = True
+
     @abc.abstractmethod
-    def remember(self, y: Y) -> Memory:
+    def init_past(self, y: Y) -> Memory:
         """An empty memory."""
 
     @abc.abstractmethod
-    def propose(
+    def extrapolate(
         self,
         y: Y,
         f: Y,
-        memory: Memory,
+        past: Memory,
         index: Array,
-        age: Counts,
+        num_valid: Counts,
         damping: Reals,
         active: Flags,
     ) -> tuple[Y, Memory]:
         """The next iterate from f = fn(y), and the memory with this evaluation in it.
 
-        `age` sound evaluations in a row came before this one; where it is negative
-        this one is not sound, and must not be remembered. Problems that are not active
-        have ended before; what is made of theirs does not matter.
+        `num_valid` valid evaluations in a row came before this one; where it is
+        negative this one is not valid, and must not be remembered. Problems that are
+        not active have ended before; what is made of theirs does not matter.
         """
 
-    @property
-    def returns_best(self) -> bool:
-        """True, without a test as well."""
-        return True
+    def init_memory(self, z: Y, options: Options) -> Guarded[Memory]:
+        zero = jnp.zeros_like(_tree.norm(z, self.batch_ndim)).astype(jnp.int32)
+        return Guarded(self.init_past(z), jnp.stack([zero, zero], -1))
 
-    def init(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        f_struct: PyTree,
-        aux_struct: PyTree,
-        tags: frozenset[object],
-    ) -> AcceleratedState[Memory]:
-        progress = Progress.start(y, y, aux_struct, self.batch_ndim)
-        start = progress.counts[..., :2]
-        return AcceleratedState(
-            progress, self.remember(y), jnp.array(0, jnp.int32), start
-        )
+    def recovers(self, record: Record, memory: Guarded[Memory]) -> Flags:
+        return (record.num_steps > 0) & (memory.trail[..., 1] < SETBACKS)
 
-    def step(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: AcceleratedState[Memory],
-        tags: frozenset[object],
-    ) -> tuple[Y, AcceleratedState[Memory], Aux]:
-        f, aux = fn(y, args)
-        age, setbacks = state.trail[..., 0], state.trail[..., 1]
-        before = state.progress.active(options)
-        recovers = (state.progress.num_steps > 0) & (setbacks < SETBACKS)
-        damping = RETREAT ** setbacks.astype(state.progress.sizes.dtype)
-        progress = self.observe(state.progress, before, y, y, f, aux, recovers=recovers)
-        sound = self._sound(progress)
-        age = jnp.where(sound, age, -1)
-        proposal, memory = _tree.lenient(self.propose)(
-            y, f, state.memory, state.index, age, damping, before
+    def update(
+        self, z: Y, f: Y, memory: Guarded[Memory], trial: Trial
+    ) -> tuple[Y, Guarded[Memory]]:
+        assert trial.before is not None  # solves that keep the best iterate record
+        num_valid, num_rejected = memory.trail[..., 0], memory.trail[..., 1]
+        record, active = trial.record, trial.before
+        damping = RETREAT ** num_rejected.astype(record.sizes.dtype)
+        valid = self._is_valid(record)
+        num_valid = jnp.where(valid, num_valid, -1)
+        proposal, past = _tree.lenient(self.extrapolate)(
+            z, f, memory.past, trial.index, num_valid, damping, active
         )
-        y = self._choose(progress.active(options), sound, proposal, y, progress.value)
+        best, _ = record.value
+        new = jtu.tree_map(
+            lambda new, old, best: _accept(valid, new, old, best), proposal, z, best
+        )
         # A new best iterate makes good one setback.
-        improved = progress.best_step == progress.num_steps - 1
-        made_good = jnp.maximum(setbacks - improved.astype(jnp.int32), 0)
-        trail = jnp.stack([age + 1, jnp.where(sound, made_good, setbacks + 1)], -1)
-        trail = _tree.where(before, trail, state.trail)
-        return y, AcceleratedState(progress, memory, state.index + 1, trail), aux
+        improved = record.best_step == record.num_steps - 1
+        made_good = jnp.maximum(num_rejected - improved.astype(jnp.int32), 0)
+        num_rejected = jnp.where(valid, made_good, num_rejected + 1)
+        trail = jnp.stack([num_valid + 1, num_rejected], -1)
+        return new, Guarded(past, _tree.where(active, trail, memory.trail))
 
-    def _sound(self, progress: Progress) -> Flags:
+    def _is_valid(self, record: Record) -> Flags:
         """Whether the evaluation entered last is one to go on from."""
-        idle = progress.num_steps - 1 - progress.best_step
+        idle = record.num_steps - 1 - record.best_step
         patience = PATIENCE * self.history
-        return (progress.last_residual <= GROWTH * progress.residual) & (
+        return (record.last_residual <= GROWTH * record.residual) & (
             (idle == 0) | (idle % patience != 0)
         )
 
-    def _choose(self, active: Flags, sound: Flags, proposal: Y, y: Y, best: Y) -> Y:
-        def leaf(new: Array, old: Array, best: Array) -> Array:
-            back = best + RETREAT * (old - best)
-            back = jnp.where(jnp.isfinite(back), back, best)
-            new = jnp.where(_tree.expand(sound, new), new, back)
-            return jnp.where(_tree.expand(active, new), new, old)
 
-        return jtu.tree_map(leaf, proposal, y, best)
-
-    def terminate(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: AcceleratedState[Memory],
-        tags: frozenset[object],
-    ) -> tuple[Array, optx.RESULTS]:
-        if self.static:
-            return jnp.array(False), optx.RESULTS.successful
-        return self.verdict(state.progress)
-
-    def outcome(self, y: Y, state: AcceleratedState[Memory]) -> optx.RESULTS:
-        finite = jnp.all(jnp.isfinite(state.progress.residual))
-        return optx.RESULTS.where(
-            finite, optx.RESULTS.successful, optx.RESULTS.nonfinite
-        )
-
-    def postprocess(
-        self,
-        fn: Map,
-        y: Y,
-        aux: Aux,
-        args: Args,
-        options: Options,
-        state: AcceleratedState[Memory],
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        best = state.progress
-        stats = statistics(
-            best.residual,
-            best.norm,
-            best.converged,
-            best.num_steps,
-            jnp.max(best.num_steps, initial=0),
-        )
-        return best.value, best.aux, stats
-
-    def last_residual(self, y: Y, state: AcceleratedState[Memory]) -> Reals:
-        return state.progress.last_residual
-
-    def steps_taken(self, state: AcceleratedState[Memory]) -> Counts:
-        return state.progress.num_steps
+def _accept(valid: Flags, new: Array, old: Array, best: Array) -> Array:
+    """The proposal where it is valid, else a point on the way back to the best."""
+    back = best + RETREAT * (old - best)
+    back = jnp.where(jnp.isfinite(back), back, best)
+    return jnp.where(_tree.expand(valid, new), new, back)

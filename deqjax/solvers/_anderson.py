@@ -112,20 +112,20 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
                 f"{self.ridge!r}."
             )
 
-    def remember(self, y: Y) -> _Memory:
+    def init_past(self, y: Y) -> _Memory:
         k, length = self.batch_ndim, self.history + 1
         rows = _tree.ring(y, length, k)
         zero = jnp.zeros_like(_tree.norm(y, k))[..., None, None]
         gram = jnp.broadcast_to(zero, (*zero.shape[:k], length, length))
         return _Memory(rows, rows, gram)
 
-    def propose(
+    def extrapolate(
         self,
         y: Y,
         f: Y,
-        memory: _Memory,
+        past: _Memory,
         index: Array,
-        age: Counts,
+        num_valid: Counts,
         damping: Reals,
         active: Flags,
     ) -> tuple[Y, _Memory]:
@@ -139,15 +139,15 @@ class Anderson(AbstractAccelerated[Y, Aux, _Memory]):
             return jnp.where(w == 1, f, y + w * (f - y))
 
         r = _tree.subtract(f, y)
-        residuals = _tree.enter(memory.residuals, r, slot, k)
+        residuals = _tree.enter(past.residuals, r, slot, k)
         u = jtu.tree_map(target, y, f)
-        targets = _tree.enter(memory.targets, u, slot, k)
+        targets = _tree.enter(past.targets, u, slot, k)
         new = _tree.dots(residuals, r, k)
-        gram = jnp.where(here[:, None], new[..., None, :], memory.gram)
+        gram = jnp.where(here[:, None], new[..., None, :], past.gram)
         gram = jnp.where(here, new[..., :, None], gram)
         back = slot - slots
         back = jnp.where(back < 0, back + length, back)
-        alpha = _weights(gram, back <= age[..., None], self.ridge)
+        alpha = _weights(gram, back <= num_valid[..., None], self.ridge)
         mix = _tree.combine(alpha, targets, y, k)
         z = jtu.tree_map(lambda z, y: z.astype(y.dtype), mix, y)
         return z, _Memory(residuals, targets, gram)

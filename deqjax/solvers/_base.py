@@ -1,4 +1,4 @@
-"""What all deqjax solvers share: the stopping rule and the record of a solve."""
+"""What all deqjax solvers share: the stopping rule, and the interface of optimistix."""
 
 import abc
 import math
@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import check_beta as check_beta, check_count as check_count
-from .._types import Aux, Counts, Flags, Options, Reals, State, Tolerance, Y
+from .._problem import Problem
+from .._types import Args, Aux, Flags, Map, Options, Reals, Tolerance, Y
+from ._drive import Carry, Iteration, State, Trial as Trial
+from ._record import Record, statistics as statistics
 
 # The relative tolerance of solvers that are given none, by the dtype of the state. In
 # half precision it is a few units in the last place: rounding keeps the residual from
@@ -22,101 +25,11 @@ from .._types import Aux, Counts, Flags, Options, Reals, State, Tolerance, Y
 _DEFAULT_RTOL = {"float64": 1e-8, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 
-class Progress(eqx.Module):
-    """The best evaluated iterate of each problem, and how its solve stands.
-
-    What is a number per problem is kept in two arrays, so that bringing it up to date
-    takes two small kernels, and not one for each number.
-
-    Attributes:
-        value: the best iterate seen (smallest residual), or the converged one.
-        aux: what the map returned beside its value there.
-        sizes: `residual`, `norm` and `last_residual`.
-        counts: `num_steps`, `best_step`, and 0 or 1 for `converged` and `failed`.
-    """
-
-    value: PyTree
-    aux: PyTree
-    sizes: Float[Array, "*batch 3"]
-    counts: Int[Array, "*batch 4"]
-
-    @staticmethod
-    def start(value: PyTree, z: PyTree, aux_struct: PyTree, batch_ndim: int):
-        """The record before the first evaluation; `z` gives batch and dtype."""
-        shape = _tree.batch_shape(z, batch_ndim)
-        if batch_ndim > 0 and _tree.batch_shape(aux_struct, batch_ndim) not in (
-            (),
-            shape,
-        ):
-            raise ValueError(
-                f"With `batch_ndim={batch_ndim}` every leaf of `aux` needs the leading "
-                f"axes {shape} of the iterate, since the best iterates of different "
-                "problems belong to different evaluations."
-            )
-        # Made from the norm of z, not from its shape: on a mesh with explicit axes
-        # this gives the record the sharding of the batch.
-        zero = jnp.zeros_like(_tree.norm(z, batch_ndim))
-        nan, count = jnp.full_like(zero, jnp.nan), zero.astype(jnp.int32)
-        aux = _tree.zeros_like(aux_struct)
-        sizes, counts = jnp.stack([nan] * 3, -1), jnp.stack([count] * 4, -1)
-        return Progress(value, aux, sizes, counts)
-
-    @property
-    def residual(self) -> Reals:
-        """‖f(value) − value‖₂."""
-        return self.sizes[..., 0]
-
-    @property
-    def norm(self) -> Reals:
-        """‖f(value)‖₂."""
-        return self.sizes[..., 1]
-
-    @property
-    def last_residual(self) -> Reals:
-        """The residual of the iterate evaluated last."""
-        return self.sizes[..., 2]
-
-    @property
-    def num_steps(self) -> Counts:
-        """Steps taken while the problem was active."""
-        return self.counts[..., 0]
-
-    @property
-    def best_step(self) -> Counts:
-        """Steps that lead from the start to `value`."""
-        return self.counts[..., 1]
-
-    @property
-    def converged(self) -> Flags:
-        """The stopping rule holds at `value`."""
-        return self.counts[..., 2] > 0
-
-    @property
-    def failed(self) -> Flags:
-        """The iteration met a residual that is not finite and cannot go on."""
-        return self.counts[..., 3] > 0
-
-    def active(self, options: Options) -> Flags:
-        """Which problems may take another step."""
-        active = ~(self.converged | self.failed)
-        if "step_budget" in options:
-            active = active & (self.num_steps < options["step_budget"])
-        return active
-
-
-def within_budget(steps: Int[Array, "..."], options: Options) -> Flags | None:
-    """Which problems of a static solve take another step; None: all, or none.
-
-    A single budget is the length of the loop.
-    """
-    budget = options.get("step_budget")
-    return None if budget is None or budget.ndim == 0 else steps < budget
-
-
 class Measured(eqx.Module):
     """What a map may return as its `aux`: the norms to be tested in place of its own.
 
-    For maps that are iterated for the sake of another equation.
+    For maps whose fixed points solve a different equation: stop on the residual of
+    that one.
 
     Attributes:
         residual: in place of ‖f(z) − z‖.
@@ -127,9 +40,20 @@ class Measured(eqx.Module):
     norm: Reals
 
 
-class AbstractSolver(
-    optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Aux, State]
-):
+def relax(a: PyTree, f: PyTree, betas: PyTree) -> PyTree:
+    """(1 − β) a + β f, rounded once to the dtype of the state; β may be a tree."""
+
+    def leaf(a: Array, f: Array, beta: Any) -> Array:
+        dtype = _tree.wide(a.dtype)
+        beta = jnp.asarray(beta, dtype)
+        return ((1 - beta) * a.astype(dtype) + beta * f.astype(dtype)).astype(a.dtype)
+
+    if jtu.all_leaves([betas]):
+        betas = jtu.tree_map(lambda _: betas, a)
+    return jtu.tree_map(leaf, a, f, betas)
+
+
+class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Aux]):
     """A fixed-point solver with the stopping rule and the statistics of deqjax.
 
     The one stopping rule, per problem and in the 2-norm:
@@ -139,6 +63,9 @@ class AbstractSolver(
     A tolerance "auto" is that of the coarsest dtype in the state. With
     `rtol=None, atol=None` nothing is tested, and exactly `max_steps` steps are taken in
     a loop of static length.
+
+    A method is its `update`, and what memory that needs; `_drive.py` evaluates f,
+    keeps the record and loops. The rest below has defaults.
     """
 
     # optimistix has floats alone; None is for a solve without a test.
@@ -151,6 +78,13 @@ class AbstractSolver(
     norm: ClassVar[Callable[[PyTree], Array]] = staticmethod(optx.two_norm)
 
     known_options: ClassVar[frozenset[str]] = frozenset({"step_budget", "record"})
+
+    # Evaluations of f in a step, of which the first is tested.
+    evals_per_step: ClassVar[int] = 1
+
+    # Whether `update` leaves the memory of problems that have ended as it is. Else the
+    # driver selects, which would copy a history.
+    freezes_memory: ClassVar[bool] = False
 
     def __check_init__(self):
         for name, tol in (("rtol", self.rtol), ("atol", self.atol)):
@@ -171,10 +105,51 @@ class AbstractSolver(
         check_count("batch_ndim", self.batch_ndim, 0)
         check_count("min_steps", self.min_steps, 0)
 
+    # What a method is
+
+    @abc.abstractmethod
+    def update(self, z: Y, f: Y, memory: PyTree, trial: Trial) -> tuple[Y, PyTree]:
+        """The next iterate from f = fn(z), and the memory that goes with it.
+
+        What it returns for problems that have ended is not used, but for a memory
+        under `freezes_memory`.
+        """
+
+    def init_memory(self, z: Y, options: Options) -> PyTree:
+        """The memory before the first evaluation."""
+        return None
+
+    def evaluate(self, fn: Map, z: Y, args: Args) -> tuple[Y, Aux, Any]:
+        """f, aux, and whatever else an evaluation gives an update."""
+        return *fn(z, args), None
+
+    def kept(self, memory: PyTree) -> PyTree:
+        """The part of the memory that belongs to the iterate, and is kept with it."""
+        return None
+
+    def recovers(self, record: Record, memory: PyTree) -> bool | Flags:
+        """Whether the method can go on from an f that is not finite."""
+        return False
+
+    def prepared(self, z: Y, options: Options) -> "AbstractSolver":
+        """The solver with what the options of this solve say of it."""
+        return self
+
+    def extra_statistics(self, memory: PyTree) -> dict[str, Any]:
+        """What to add to the statistics."""
+        return {}
+
     @property
     def static(self) -> bool:
         """Whether the solve tests nothing and takes exactly `max_steps` steps."""
         return self.rtol is None
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether every evaluation is recorded, and the best iterate the answer."""
+        return True
+
+    # The stopping rule
 
     def tolerances(self, z: PyTree) -> tuple[float | Array, float | Array] | None:
         """`rtol` and `atol` for the state z, of which the dtypes count; None: no test.
@@ -189,7 +164,7 @@ class AbstractSolver(
         rtol = known if isinstance(self.rtol, str) else self.rtol
         return rtol, known / 100 if isinstance(self.atol, str) else self.atol
 
-    def passes(self, residual: Reals, norm: Reals, z: PyTree) -> Flags:
+    def is_converged(self, residual: Reals, norm: Reals, z: PyTree) -> Flags:
         """The stopping rule; false where a norm is not finite (∞ ≤ ∞ is true).
 
         z is the state, for tolerances that its dtype decides.
@@ -205,107 +180,92 @@ class AbstractSolver(
         resolved = 2.0**10 * math.sqrt(float(jnp.finfo(norm.dtype).tiny))
         return (jnp.maximum(residual, resolved) <= tol) & jnp.isfinite(norm)
 
-    def observe(
-        self,
-        progress: Progress,
-        active: Flags,
-        value: PyTree,
-        z: PyTree,
-        f: PyTree,
-        aux: PyTree,
-        *,
-        recovers: bool | Flags = False,
-    ) -> Progress:
-        """Enter an evaluation f = fn(z) of the active problems into the record.
+    def enter(
+        self, record: Record, active: Flags, z: Y, memory: PyTree, f: Y, aux: Aux
+    ) -> Record:
+        """The record with an evaluation f = fn(z) of the active problems.
 
-        `value` is what to keep should z be the best iterate. The record carries no
-        derivative: norms have none at 0.
+        It carries no derivative: norms have none at 0.
         """
-        f, z = lax.stop_gradient((f, z))
+        f, at = lax.stop_gradient((f, z))
         if isinstance(aux, Measured):
             residual, norm = lax.stop_gradient((aux.residual, aux.norm))
         else:
-            residual = _tree.norm(_tree.subtract(f, z), self.batch_ndim)
+            residual = _tree.norm(_tree.subtract(f, at), self.batch_ndim)
             norm = _tree.norm(f, self.batch_ndim)
-        finite = jnp.isfinite(residual) & jnp.isfinite(norm)
-        first = progress.num_steps == 0
-        enough = progress.num_steps >= self.min_steps
-        converged = self.passes(residual, norm, z) & enough
-        improved = first | (finite & ~(progress.residual <= residual)) | converged
-        take = active & improved
-        failed = active & ~finite & ~jnp.asarray(recovers)
-        old = progress
-        sizes = jnp.stack(
-            [
-                jnp.where(take, residual, old.residual),
-                jnp.where(take, norm, old.norm),
-                jnp.where(active, residual, old.last_residual),
-            ],
-            -1,
-        )
-        counts = jnp.stack(
-            [
-                old.num_steps + active.astype(jnp.int32),
-                jnp.where(take, old.num_steps, old.best_step),
-                (old.converged | (active & converged)).astype(jnp.int32),
-                (old.failed | failed).astype(jnp.int32),
-            ],
-            -1,
-        )
-        value = _tree.where(take, value, old.value)
-        return Progress(value, _tree.where(take, aux, old.aux), sizes, counts)
+        enough = record.num_steps >= self.min_steps
+        converged = self.is_converged(residual, norm, at) & enough
+        recovers = self.recovers(record, memory)
+        value = z, self.kept(memory)
+        return record.enter(active, residual, norm, converged, recovers, value, aux)
 
-    def verdict(self, progress: Progress) -> tuple[Array, optx.RESULTS]:
-        """Whether all problems are done, and with what result."""
-        done = jnp.all(progress.converged | progress.failed)
-        result = optx.RESULTS.where(
-            done & jnp.any(progress.failed),
-            optx.RESULTS.nonfinite,
-            optx.RESULTS.successful,
-        )
-        return done, result
+    # The interface of optimistix
 
-    def outcome(self, y: Y, state: State) -> optx.RESULTS:
-        """The result of a static solve: successful if it stayed finite."""
-        finite = _tree.all_finite(lax.stop_gradient(y))
-        return optx.RESULTS.where(
-            finite, optx.RESULTS.successful, optx.RESULTS.nonfinite
-        )
+    def iteration(self, problem: Problem) -> Iteration:
+        """The solve of a problem by this solver."""
+        return Iteration(problem)
 
-    @property
-    def returns_best(self) -> bool:
-        """Whether the answer is the best iterate evaluated, and not the last one."""
-        return not self.static
+    def init(
+        self,
+        fn: Map,
+        y: Y,
+        args: Args,
+        options: Options,
+        f_struct: PyTree,
+        aux_struct: PyTree,
+        tags: frozenset[object],
+    ) -> State:
+        return self._run(fn, y, args, options, aux_struct).begin().state
 
-    def steps_to_answer(self, state: State) -> Counts:
-        """The steps that lead from the start to the answer, per problem."""
-        keeps: Any = state  # its `Progress`
-        return (
-            keeps.progress.best_step if self.returns_best else self.steps_taken(state)
-        )
+    def step(
+        self,
+        fn: Map,
+        y: Y,
+        args: Args,
+        options: Options,
+        state: State,
+        tags: frozenset[object],
+    ) -> tuple[Y, State, Aux]:
+        run = self._run(fn, y, args, options)
+        carry = run.advance(Carry(y, state))
+        for _ in range(1, self.evals_per_step):
+            if self.static:
+                carry = run.advance(carry)
+            else:
+                # The evaluation that ends a solve is the only one of its step.
+                carry = lax.cond(run.going(carry), run.advance, run.skip, carry)
+        aux = carry.state.record.aux if self.keeps_best else carry.aux
+        return carry.z, carry.state, aux
 
-    @abc.abstractmethod
-    def last_residual(self, y: Y, state: State) -> Reals:
-        """The residual of the iterate evaluated last, to be recorded."""
+    def terminate(
+        self,
+        fn: Map,
+        y: Y,
+        args: Args,
+        options: Options,
+        state: State,
+        tags: frozenset[object],
+    ) -> tuple[Array, optx.RESULTS]:
+        if self.static:
+            return jnp.array(False), optx.RESULTS.successful
+        return state.record.status()
 
-    @abc.abstractmethod
-    def steps_taken(self, state: State) -> Counts:
-        """The steps that each problem has taken."""
+    def postprocess(
+        self,
+        fn: Map,
+        y: Y,
+        aux: Aux,
+        args: Args,
+        options: Options,
+        state: State,
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        solved = self._run(fn, y, args, options).finish(Carry(y, state, aux))
+        return solved.value, solved.aux, solved.stats
 
-
-def statistics(
-    residual: Reals,
-    norm: Reals,
-    converged: Flags,
-    num_steps: Counts | None,
-    num_evals: Array | None,
-) -> dict[str, Any]:
-    """The statistics of a solve; see `deqjax.fixed_point`."""
-    tiny = jnp.finfo(norm.dtype).tiny
-    return {
-        "num_steps": num_steps,
-        "num_evals": num_evals,
-        "residual": residual,
-        "relative_residual": residual / jnp.maximum(norm, tiny),
-        "converged": converged,
-    }
+    def _run(
+        self, fn: Map, y: Y, args: Args, options: Options, aux_struct: PyTree = None
+    ) -> Iteration:
+        solver, rest = self.prepared(y, options), (None, None, aux_struct, frozenset())
+        return Iteration(Problem(fn, solver, y, args, options, *rest))

@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, PyTree
 from .. import _tree
 from .._checks import real, whole
 from .._types import Aux, Counts, Flags, Reals, Tolerance, Y
-from ._accelerated import AbstractAccelerated, AcceleratedState
+from ._accelerated import AbstractAccelerated
 from ._base import check_count
+from ._drive import State
 
 
 class _Memory(eqx.Module):
@@ -102,7 +103,7 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
     def __check_init__(self):
         check_count("history", self.history, 1)
 
-    def remember(self, y: Y) -> _Memory:
+    def init_past(self, y: Y) -> _Memory:
         k, m = self.batch_ndim, self.history
         zero = jnp.zeros_like(_tree.norm(y, k))
         full = lambda *shape: jnp.broadcast_to(
@@ -111,36 +112,36 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         rows = _tree.ring(y, m, k)
         return _Memory(_tree.zeros_like(y), rows, full(m), full(m, m), zero + 1)
 
-    def propose(
+    def extrapolate(
         self,
         y: Y,
         f: Y,
-        memory: _Memory,
+        past: _Memory,
         index: Array,
-        age: Counts,
+        num_valid: Counts,
         damping: Reals,
         active: Flags,
     ) -> tuple[Y, _Memory]:
         k, m = self.batch_ndim, self.history
         slots, slot = jnp.arange(m, dtype=index.dtype), index % m
         here, next_ = slots == slot, slots == (slot + 1) % m
-        age = jnp.where(age > 0, age % (m + 1), 0)
+        age = jnp.where(num_valid > 0, num_valid % (m + 1), 0)
         back = slot - slots
         valid = jnp.where(back < 0, back + m, back) < age[..., None]
-        sigma = jnp.where(age > 0, memory.scale, damping)
+        sigma = jnp.where(age > 0, past.scale, damping)
 
         r = _tree.subtract(f, y)
-        steps = _tree.enter(memory.steps, memory.step, slot, k, active)
-        with_step = jnp.where(valid, _tree.dots(steps, memory.step, k), 0)
+        steps = _tree.enter(past.steps, past.step, slot, k, active)
+        with_step = jnp.where(valid, _tree.dots(steps, past.step, k), 0)
         with_residual = jnp.where(valid, _tree.dots(steps, r, k), 0)
         square = jnp.sum(jnp.where(here, with_step, 0), -1, keepdims=True)
-        squares = jnp.where(here, square, memory.squares)
+        squares = jnp.where(here, square, past.squares)
 
         # σ r goes through the factors, the oldest first. The weight of step t is what
         # factor t − 1 met: ⟨sₜ₋₁, ·⟩ / ‖sₜ₋₁‖² of what the older ones had made of it.
         # The newest step overwrites the oldest, and has no weight yet: its factor is
         # the one that makes the next step, which stands on both sides there.
-        chain = jnp.where(next_[:, None] | here, 0, memory.chain)
+        chain = jnp.where(next_[:, None] | here, 0, past.chain)
         ahead = (with_step * _inverse(square))[..., None] * chain
         newest = here.astype(chain.dtype) + jnp.sum(ahead, -2)
         newest = jnp.where((age > 0)[..., None] & jnp.isfinite(newest), newest, 0)
@@ -157,48 +158,46 @@ class Broyden(AbstractAccelerated[Y, Aux, _Memory]):
         z = jtu.tree_map(jnp.add, y, step)
         chain = jnp.where(next_[:, None], newest[..., None, :], chain)
         # What has ended keeps its estimate; the ring has kept its steps.
-        old = (memory.step, memory.squares, memory.chain, memory.scale)
+        old = (past.step, past.squares, past.chain, past.scale)
         kept = _tree.where(active, (step, squares, chain, sigma), old)
         return z, _Memory(kept[0], steps, *kept[1:])
 
     @_tree.lenient
-    def estimate(
-        self, state: AcceleratedState[_Memory], v: PyTree, transposed: bool
-    ) -> PyTree:
+    def estimate(self, state: State, v: PyTree, transposed: bool) -> PyTree:
         """B⁻¹ v or B⁻ᵀ v, with the B ≈ I − J that a solve has ended with.
 
         `state` is that of the `optimistix.Solution`.
         """
         k, m = self.batch_ndim, self.history
-        memory, age = state.memory, state.trail[..., 0] - 1
+        past, age = state.memory.past, state.memory.trail[..., 0] - 1
         age = jnp.where(age > 0, age % (m + 1), 0)[..., None]
         slots = jnp.arange(m, dtype=age.dtype)
-        back = (state.progress.num_steps - 1)[..., None] % m - slots
+        back = (state.record.num_steps - 1)[..., None] % m - slots
         back = jnp.where(back < 0, back + m, back)
         valid, next_ = back < age, back == m - 1
 
-        inner = _tree.dots(memory.steps, v, k)
-        scale = memory.scale[..., None] * _inverse(memory.squares)
+        inner = _tree.dots(past.steps, v, k)
+        scale = past.scale[..., None] * _inverse(past.squares)
         # The step made last is in no slot yet; the next one is to be its own.
         if transposed:
-            newest = _tree.dot(memory.step, v, k)[..., None]
+            newest = _tree.dot(past.step, v, k)[..., None]
             inner = jnp.where(next_, newest, inner)
-            weights = jnp.sum(memory.chain * inner[..., :, None], -2)
+            weights = jnp.sum(past.chain * inner[..., :, None], -2)
             weights, last = jnp.where(valid, scale * weights, 0), None
         else:
             b = jnp.where(valid, scale * inner, 0)
-            weights = jnp.sum(memory.chain * b[..., None, :], -1)
+            weights = jnp.sum(past.chain * b[..., None, :], -1)
             last = jnp.sum(jnp.where(next_, weights, 0), -1)
             weights = jnp.where(next_, 0, weights)
 
         def leaf(v: Array, rest: Array, step: Array) -> Array:
-            out = _tree.expand(memory.scale, rest) * v.astype(rest.dtype) + rest
+            out = _tree.expand(past.scale, rest) * v.astype(rest.dtype) + rest
             if last is not None:
                 out = out + _tree.expand(last, rest) * step.astype(rest.dtype)
             return out.astype(v.dtype)
 
-        rest = _tree.combine(weights, memory.steps, v, k)
-        return jtu.tree_map(leaf, v, rest, memory.step)
+        rest = _tree.combine(weights, past.steps, v, k)
+        return jtu.tree_map(leaf, v, rest, past.step)
 
 
 def _inverse(x: Array) -> Array:

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import _tree
 from .._checks import real, whole
-from .._types import Args, Aux, Counts, Flags, Map, Options, Reals, Tolerance, Y
+from .._types import Args, Aux, Flags, Map, Options, Reals, Tolerance, Y
 from .._upstream import nondifferentiable
 from ..linear import GMRES
-from ._base import AbstractSolver, Progress, statistics
+from ._base import AbstractSolver, Trial
+from ._record import Record
 
 # Eisenstat & Walker (1996), choice 2 and its safeguard.
 _FIRST = 0.1
@@ -53,13 +53,12 @@ class _Search(eqx.Module):
     plain: Flags
 
 
-class _State(eqx.Module):
-    progress: Progress
+class _Memory(eqx.Module):
     search: _Search
     num_products: Array
 
 
-class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
+class NewtonKrylov(AbstractSolver[Y, Aux]):
     r"""Inexact Newton's method, matrix-free, with a line search.
 
     $$ (I - J_k)\, d_k \approx f(z_k) - z_k, \qquad z_{k+1} = z_k + t_k d_k, \qquad
@@ -140,6 +139,8 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
+    freezes_memory = True
+
     def __check_init__(self):
         linear = self.linear_solver
         if linear is not None and not isinstance(linear, lx.AbstractLinearSolver):
@@ -153,67 +154,48 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
                 f"{linear.batch_ndim} and {self.batch_ndim}."
             )
 
-    @property
-    def returns_best(self) -> bool:
-        """True, without a test as well."""
-        return True
-
-    def init(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        f_struct: PyTree,
-        aux_struct: PyTree,
-        tags: frozenset[object],
-    ) -> _State:
-        progress = Progress.start(y, y, aux_struct, self.batch_ndim)
-        zero = _tree.zeros_like(_tree.subtract(y, y))
-        one = jnp.ones_like(progress.residual)
+    def init_memory(self, z: Y, options: Options) -> _Memory:
+        zero = _tree.zeros_like(_tree.subtract(z, z))
+        size = _tree.norm(z, self.batch_ndim)
+        one = jnp.ones_like(size)
         search = _Search(
-            base=y,
+            base=z,
             residual=zero,
             size=one,
             direction=zero,
             linear=one,
             length=one,
             forcing=one,
-            plain=jnp.zeros_like(progress.failed),
+            plain=jnp.zeros_like(size, dtype=bool),
         )
-        return _State(progress, search, jnp.array(0, jnp.int32))
+        return _Memory(search, jnp.array(0, jnp.int32))
 
-    def step(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: _State,
-        tags: frozenset[object],
-    ) -> tuple[Y, _State, Aux]:
+    def evaluate(self, fn: Map, z: Y, args: Args) -> tuple[Y, Aux, Callable]:
         fn, args = nondifferentiable((fn, args), msg=_UNROLLED)
-        f, push, aux = jax.linearize(lambda z: fn(z, args), y, has_aux=True)
-        search, active = state.search, state.progress.active(options)
+        f, push, aux = jax.linearize(lambda z: fn(z, args), z, has_aux=True)
+        return f, aux, push
+
+    def recovers(self, record: Record, memory: _Memory) -> Flags:
         # Only a search has another point to try where f is not finite.
-        free = (state.progress.num_steps == 0) | search.plain
-        progress = self.observe(
-            state.progress, active, y, y, f, aux, recovers=jnp.logical_not(free)
-        )
-        size = progress.last_residual
+        return (record.num_steps > 0) & ~memory.search.plain
+
+    def update(self, z: Y, f: Y, memory: _Memory, trial: Trial) -> tuple[Y, _Memory]:
+        search, record = memory.search, trial.record
+        active, going = trial.before, trial.after
+        assert active is not None and going is not None
+        first = record.num_steps == 1
+        size = record.last_residual
         least = _DECREASE * search.length * (1 - search.linear)
-        enough = free | (size <= (1 - least) * search.size)
+        enough = first | search.plain | (size <= (1 - least) * search.size)
         accepted = enough & jnp.isfinite(size)
-        going = progress.active(options)
         start, retry = active & going & accepted, active & going & ~accepted
 
-        residual = _tree.subtract(f, y)
-        forcing = self._forcing(search, size, f, state.progress.num_steps == 0)
-        direction, linear, products = self._newton(
-            push, y, _tree.where(start, residual, _tree.zeros_like(residual)), forcing
-        )
+        residual = _tree.subtract(f, z)
+        forcing = self._forcing(search, size, f, first)
+        needed = _tree.where(start, residual, _tree.zeros_like(residual))
+        direction, linear, products = self._newton(trial.products, z, needed, forcing)
         new = _Search(
-            base=y,
+            base=z,
             residual=residual,
             size=size,
             direction=direction,
@@ -223,11 +205,13 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
             plain=jnp.zeros_like(start),
         )
         search = _tree.where(start, new, _shortened(search, size, retry))
-        z = _trial(search)
-        y = _tree.where(start | retry, z, y)
         # One solve serves all problems, and none of them counts it twice.
         products = jnp.where(jnp.any(start), products, 0)
-        return y, _State(progress, search, state.num_products + products), aux
+        return _trial(search), _Memory(search, memory.num_products + products)
+
+    def extra_statistics(self, memory: _Memory) -> dict[str, Any]:
+        counted = self.linear_solver is None or isinstance(self.linear_solver, GMRES)
+        return {"num_products": memory.num_products} if counted else {}
 
     def _forcing(self, search: _Search, size: Reals, f: PyTree, first: Flags) -> Reals:
         """η: how well the system at an accepted trial is worth solving."""
@@ -282,55 +266,6 @@ class NewtonKrylov(AbstractSolver[Y, Aux, Any]):
         direction = _tree.where(useless, residual, direction)
         products = sol.stats.get("num_products", 0)
         return direction, jnp.where(useless, 1, linear), jnp.asarray(products)
-
-    def terminate(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: _State,
-        tags: frozenset[object],
-    ) -> tuple[Array, optx.RESULTS]:
-        if self.static:
-            return jnp.array(False), optx.RESULTS.successful
-        return self.verdict(state.progress)
-
-    def postprocess(
-        self,
-        fn: Map,
-        y: Y,
-        aux: Aux,
-        args: Args,
-        options: Options,
-        state: _State,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        best = state.progress
-        stats = statistics(
-            best.residual,
-            best.norm,
-            best.converged,
-            best.num_steps,
-            jnp.max(best.num_steps, initial=0),
-        )
-        if self.linear_solver is None or isinstance(self.linear_solver, GMRES):
-            stats["num_products"] = state.num_products
-        return best.value, best.aux, stats
-
-    def outcome(self, y: Y, state: _State) -> optx.RESULTS:
-        return optx.RESULTS.where(
-            jnp.any(state.progress.failed),
-            optx.RESULTS.nonfinite,
-            optx.RESULTS.successful,
-        )
-
-    def last_residual(self, y: Y, state: _State) -> Reals:
-        return state.progress.last_residual
-
-    def steps_taken(self, state: _State) -> Counts:
-        return state.progress.num_steps
 
 
 _UNROLLED = (

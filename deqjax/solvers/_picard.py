@@ -1,33 +1,14 @@
 """Picard iteration: repeated, optionally damped, application of the map."""
 
-from typing import Any
-
 import equinox as eqx
-import jax.numpy as jnp
-import jax.tree_util as jtu
-import optimistix as optx
-from jax import lax
 from jaxtyping import Array, PyTree
 
-from .. import _tree
 from .._checks import real, whole
-from .._steps import at_step
-from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
-from ._base import AbstractSolver, Progress, check_beta, statistics, within_budget
+from .._types import Aux, Tolerance, Y
+from ._base import AbstractSolver, Trial, check_beta, relax
 
 
-class _TestedState(eqx.Module):
-    progress: Progress
-
-
-class _StaticState(eqx.Module):
-    """The iterate before the current one, and how many steps led here."""
-
-    previous: PyTree
-    num_steps: Array
-
-
-class Picard(AbstractSolver[Y, Aux, Any]):
+class Picard(AbstractSolver[Y, Aux]):
     r"""Picard (Banach) iteration, damped by `beta`.
 
     $$ z_{k+1} = (1 - \beta)\, z_k + \beta\, f(z_k) $$
@@ -83,105 +64,10 @@ class Picard(AbstractSolver[Y, Aux, Any]):
     def __check_init__(self):
         check_beta(self.beta, below=2.0)
 
-    def _update(self, z: Y, f: Y) -> Y:
-        if isinstance(self.beta, float | int) and self.beta == 1:
-            return f
-        return jtu.tree_map(lambda a, b: (1 - self.beta) * a + self.beta * b, z, f)
+    @property
+    def keeps_best(self) -> bool:
+        return not self.static
 
-    def init(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        f_struct: PyTree,
-        aux_struct: PyTree,
-        tags: frozenset[object],
-    ) -> Any:
-        if self.static:
-            _tree.batch_shape(y, self.batch_ndim)
-            return _StaticState(y, jnp.array(0, jnp.int32))
-        return _TestedState(Progress.start(y, y, aux_struct, self.batch_ndim))
-
-    def step(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: Any,
-        tags: frozenset[object],
-    ) -> tuple[Y, Any, Aux]:
-        taken = state.num_steps if self.static else state.progress.num_steps
-        f, aux = fn(y, at_step(args, jnp.max(taken, initial=0)))
-        if self.static:
-            new = self._update(y, f), y
-            going = within_budget(state.num_steps, options)
-            if going is not None:
-                new = _tree.where(going, new, (y, state.previous))
-            y, previous = new
-            return y, _StaticState(previous, state.num_steps + 1), aux
-        active = state.progress.active(options)
-        progress = self.observe(state.progress, active, y, y, f, aux)
-        y = _tree.where(progress.active(options), self._update(y, f), y)
-        return y, _TestedState(progress), aux
-
-    def terminate(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: Any,
-        tags: frozenset[object],
-    ) -> tuple[Array, optx.RESULTS]:
-        if self.static:
-            return jnp.array(False), optx.RESULTS.successful
-        return self.verdict(state.progress)
-
-    def postprocess(
-        self,
-        fn: Map,
-        y: Y,
-        aux: Aux,
-        args: Args,
-        options: Options,
-        state: Any,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        if not self.static:
-            best = state.progress
-            stats = statistics(
-                best.residual,
-                best.norm,
-                best.converged,
-                best.num_steps,
-                jnp.max(best.num_steps, initial=0),
-            )
-            return best.value, best.aux, stats
-        residual = self.last_residual(y, state)
-        num_steps = jnp.zeros_like(residual, dtype=jnp.int32) + state.num_steps
-        if "step_budget" in options:
-            num_steps = jnp.minimum(num_steps, options["step_budget"])
-        # f(previous), from previous and the damped update.
-        f = jtu.tree_map(
-            lambda new, old: old + (new - old) / self.beta, y, state.previous
-        )
-        stats = statistics(
-            residual,
-            _tree.norm(lax.stop_gradient(f), self.batch_ndim),
-            jnp.zeros_like(residual, dtype=bool),
-            num_steps,
-            state.num_steps,
-        )
-        return y, aux, stats
-
-    def last_residual(self, y: Y, state: Any) -> Reals:
-        if not self.static:
-            return state.progress.last_residual
-        y, previous = lax.stop_gradient((y, state.previous))
-        return _tree.norm(_tree.subtract(y, previous), self.batch_ndim) / self.beta
-
-    def steps_taken(self, state: Any) -> Counts:
-        return state.num_steps if self.static else state.progress.num_steps
+    def update(self, z: Y, f: Y, memory: PyTree, trial: Trial) -> tuple[Y, PyTree]:
+        undamped = isinstance(self.beta, float) and self.beta == 1
+        return f if undamped else relax(z, f, self.beta), None

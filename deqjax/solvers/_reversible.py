@@ -5,56 +5,23 @@ exchanged in between:
 
     (a, b)  ->  (b, (1 − β) a + β f(b)),      (a, b) = (y_n, z_n) at whole steps.
 
-`deqjax.ReversibleAdjoint` takes the half steps back, with the help of `_residues.py`.
+`deqjax.ReversibleAdjoint` takes the half steps back, with the help of `_remainders.py`.
 """
 
 from dataclasses import field
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
-import optimistix as optx
-from jax import lax
 from jaxtyping import Array, PyTree
 
-from .. import _tree
 from .._checks import canonical_weights, fit_weights, real, refuse_retired, whole
-from .._steps import at_step
-from .._types import Args, Aux, Counts, Map, Options, Reals, Tolerance, Y
-from .._upstream import unvmap_any
-from ._base import AbstractSolver, Progress, statistics, within_budget
+from .._types import Aux, Options, Tolerance, Y
+from ._base import AbstractSolver, Trial, relax
+from ._remainders import Lost, Remainders
 
 
-class ReversibleState(eqx.Module):
-    """The companion y of the iterate z, and the record of the solve.
-
-    Attributes:
-        companion: y; after a solve, that of the answer, from which and the answer
-            another solve goes on.
-        progress: the record; its value is the pair (y, z) of the best iterate in a
-            tested solve, and None in a static one, where the residual is that of the
-            iterate evaluated last.
-        num_evals: evaluations of the map.
-    """
-
-    companion: PyTree
-    progress: Progress
-    num_evals: Array
-
-
-def relax(a: PyTree, f: PyTree, betas: PyTree) -> PyTree:
-    """(1 − β) a + β f, rounded once to the dtype of the state."""
-
-    def leaf(a: Array, f: Array, beta: Any) -> Array:
-        dtype = _tree.wide(a.dtype)
-        beta = jnp.asarray(beta, dtype)
-        return ((1 - beta) * a.astype(dtype) + beta * f.astype(dtype)).astype(a.dtype)
-
-    return jtu.tree_map(leaf, a, f, betas)
-
-
-class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
+class Reversible(AbstractSolver[Y, Aux]):
     r"""The reversible iteration of RevDEQ: two coupled, damped Picard iterations.
 
     $$ y_{n+1} = (1-\beta)\, y_n + \beta\, f(z_n), \qquad
@@ -122,6 +89,7 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
+    evals_per_step = 2
     known_options: ClassVar[frozenset[str]] = AbstractSolver.known_options | {
         *("beta", "companion")
     }
@@ -141,20 +109,23 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
         self.beta = canonical_weights("`beta`", beta)
         self.min_steps, self.batch_ndim = min_steps, batch_ndim
 
-    def betas(self, z: PyTree, options: Options) -> PyTree:
-        """The weight on f of every leaf of z.
+    @property
+    def keeps_best(self) -> bool:
+        return not self.static
+
+    def prepared(self, z: PyTree, options: Options) -> "Reversible":
+        """The solver with the weight on f of every leaf of z, for this solve.
 
         Raises:
             ValueError: if its shape or structure does not fit z.
         """
-        beta = self.beta
-        name = "`beta`"
+        name, beta = "`beta`", self.beta
         if "beta" in options:
             name = '`options["beta"]`'
             beta = canonical_weights(name, options["beta"])
-        return fit_weights(name, beta, z)
+        return eqx.tree_at(lambda s: s.beta, self, fit_weights(name, beta, z))
 
-    def first_companion(self, z: PyTree, options: Options) -> PyTree:
+    def init_memory(self, z: PyTree, options: Options) -> PyTree:
         """y₀: z₀, or what a solve is resumed from.
 
         Raises:
@@ -180,112 +151,29 @@ class Reversible(AbstractSolver[Y, Aux, ReversibleState]):
                     )
         return y
 
-    # The interface of optimistix: one call is one whole step
+    def kept(self, memory: PyTree) -> PyTree:
+        return memory
 
-    def init(
+    def update(self, z: Y, f: Y, memory: Y, trial: Trial | None = None) -> tuple[Y, Y]:
+        """A half step, f = fn(z): (y, z) -> (z, (1 − β) y + β f), y the memory."""
+        return relax(memory, f, self.beta), z
+
+    def undo(
         self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        f_struct: PyTree,
-        aux_struct: PyTree,
-        tags: frozenset[object],
-    ) -> ReversibleState:
-        self.betas(y, options)
-        companion = self.first_companion(y, options)
-        pair = (companion, y)
-        value, aux_struct = (None, None) if self.static else (pair, aux_struct)
-        progress = Progress.start(value, y, aux_struct, self.batch_ndim)
-        return ReversibleState(companion, progress, jnp.array(0, jnp.int32))
+        z: Y,
+        f: Y,
+        memory: Y,
+        remainders: Remainders,
+        lost: Lost,
+        start: Y,
+        at_start: Array,
+    ) -> tuple[Y, PyTree]:
+        """The half step backwards: the y that z has replaced, f being fn(memory) anew.
 
-    def step(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: ReversibleState,
-        tags: frozenset[object],
-    ) -> tuple[Y, ReversibleState, Aux]:
-        betas, companion = self.betas(y, options), state.companion
-        progress = state.progress
-        args = at_step(args, jnp.max(progress.num_steps, initial=0))
-        f, aux = fn(y, args)
-        if self.static:
-            going = within_budget(progress.num_steps, options)
-            middle = relax(companion, f, betas)
-            f, aux = fn(middle, args)
-            observed = self.observe_last(progress, middle, f)
-            counts = observed.counts.at[..., 0].add(1)
-            observed = eqx.tree_at(lambda p: p.counts, observed, counts)
-            new = relax(y, f, betas), middle, observed
-            if going is not None:
-                new = _tree.where(going, new, (y, companion, progress))
-            y, companion, progress = new
-            num_evals = state.num_evals + 2
-            return y, ReversibleState(companion, progress, num_evals), aux
-        before = progress.active(options)
-        progress = self.observe(progress, before, (companion, y), y, f, aux)
-        active = progress.active(options)
-
-        def rest() -> PyTree:
-            middle = relax(companion, f, betas)
-            new = relax(y, fn(middle, args)[0], betas)
-            return _tree.where(active, (middle, new), (companion, y))
-
-        # The evaluation that ends the solve is the only one of its step.
-        go_on = unvmap_any(jnp.any(active))
-        both = (jnp.any(flags).astype(jnp.int32) for flags in (before, active))
-        num_evals = state.num_evals + sum(both)
-        companion, y = lax.cond(go_on, rest, lambda: (companion, y))
-        return y, ReversibleState(companion, progress, num_evals), aux
-
-    def observe_last(self, progress: Progress, x: PyTree, f: PyTree) -> Progress:
-        """Note the residual of x, evaluated last, in a static loop."""
-        x, f = lax.stop_gradient((x, f))
-        residual = _tree.norm(_tree.subtract(f, x), self.batch_ndim)
-        norm = _tree.norm(f, self.batch_ndim)
-        sizes = jnp.stack([residual, norm, residual], -1)
-        return eqx.tree_at(lambda p: p.sizes, progress, sizes)
-
-    def terminate(
-        self,
-        fn: Map,
-        y: Y,
-        args: Args,
-        options: Options,
-        state: ReversibleState,
-        tags: frozenset[object],
-    ) -> tuple[Array, optx.RESULTS]:
-        if self.static:
-            return jnp.array(False), optx.RESULTS.successful
-        return self.verdict(state.progress)
-
-    def postprocess(
-        self,
-        fn: Map,
-        y: Y,
-        aux: Aux,
-        args: Args,
-        options: Options,
-        state: ReversibleState,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        best = state.progress
-        if not self.static:
-            (_, y), aux = best.value, best.aux
-        stats = statistics(
-            best.residual, best.norm, best.converged, best.num_steps, state.num_evals
-        )
-        return y, aux, stats
-
-    def last_residual(self, y: Y, state: ReversibleState) -> Reals:
-        return state.progress.last_residual
-
-    def steps_taken(self, state: ReversibleState) -> Counts:
-        return state.progress.num_steps
+        Also returns the part of the capacity that the repair took, entry by entry; the
+        other arguments are those of `Remainders.undo`.
+        """
+        return remainders.undo(memory, f, z, self.beta, lost, start, at_start)
 
 
 _RETIRED = {

@@ -75,8 +75,8 @@ def test_in_loops_and_batches():
 
 def test_a_state_in_a_loss_is_an_error():
     floats = lambda a: eqx.filter(solve(a).state, eqx.is_inexact_array)
-    with pytest.raises((RuntimeError, ValueError), match=r"`sol\.state\.progress"):
-        jax.grad(lambda a: jnp.sum(floats(a).progress.sizes))(A)
+    with pytest.raises((RuntimeError, ValueError), match=r"`sol\.state\.record"):
+        jax.grad(lambda a: jnp.sum(floats(a).record.sizes))(A)
 
 
 def test_forward_mode_and_second_derivatives():

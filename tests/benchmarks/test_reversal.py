@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmarks import _reversal_report, reversal, reversal_training
-from deqjax.solvers import _residues
+from deqjax.solvers import _remainders
 
 pytestmark = pytest.mark.optimised
 
@@ -73,7 +73,7 @@ def test_units_are_those_of_the_library():
     for bits, beta in itertools.product((4, 8, 16), reversal.BETAS):
         shared, own = _reversal_report.units(bits, beta)
         for unit, is_shared in ((shared, True), (own, False)):
-            want = _residues._unit(24, 24, beta, unit.modulus, is_shared)
+            want = _remainders._unit(24, 24, beta, unit.modulus, is_shared)
             assert unit.size == 2.0**want
 
 

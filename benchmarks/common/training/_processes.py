@@ -5,7 +5,7 @@ import time
 
 import jax
 import numpy as np
-from jax._src import distributed
+from jax._src import distributed  # noqa: PLC2701, TID251 (no public name)
 from jax.experimental import multihost_utils
 
 

@@ -22,7 +22,7 @@ from ...nn._deq_transformer import (
 from ...nn._dropout import VariationalDropout, split_key
 from ...nn._tokens import Features, project
 from ...solvers import Broyden
-from ...solvers._foreign import AnySolver
+from ...solvers._optimistix import AnySolver
 from ._interface import AbstractLanguageModel
 
 _WIKITEXT103 = {

@@ -17,7 +17,7 @@ from ...nn._deq import DEQ, unless_lost
 from ...nn._revdeq_block import RevDEQBlock
 from ...nn._tokens import Features, Tokens, embed_at, project
 from ...solvers import Reversible
-from ...solvers._foreign import AnySolver
+from ...solvers._optimistix import AnySolver
 from ._generation import KVCache, check_room, static_depth, static_solve
 from ._interface import AbstractLanguageModel
 

@@ -24,7 +24,7 @@ from ...nn._dropout import VariationalDropout, split_key
 from ...nn._images import Features, batch_norm, conv, normalise
 from ...nn._implicit_resnet_cell import ImplicitResNetCell, Residual, leaky
 from ...solvers import Anderson
-from ...solvers._foreign import AnySolver
+from ...solvers._optimistix import AnySolver
 from .._interface import AbstractModel, check_state
 
 # What the authors put around the images: the mean of a pixel of ImageNet.

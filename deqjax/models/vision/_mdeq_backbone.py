@@ -13,7 +13,7 @@ from ...nn._deq import DEQ
 from ...nn._images import ConvNorms
 from ...nn._mdeq_cell import INIT_STD, MDEQCell, Scales
 from ...solvers import Anderson
-from ...solvers._foreign import AnySolver
+from ...solvers._optimistix import AnySolver
 from .._interface import check_state
 
 

@@ -14,7 +14,7 @@ from ..._types import Options
 from ...nn._checks import Images, check_sizes
 from ...nn._images import ConvNorms, Features, conv
 from ...nn._mdeq_cell import INIT_STD, Scales
-from ...solvers._foreign import AnySolver
+from ...solvers._optimistix import AnySolver
 from .._interface import AbstractModel, check_state
 from ._mdeq_backbone import MDEQBackbone
 

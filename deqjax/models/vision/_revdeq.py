@@ -22,7 +22,7 @@ from ...nn._conv_cell import ConvCell, group_norm
 from ...nn._deq import DEQ
 from ...nn._images import Features, batch_norm, conv, normalise
 from ...solvers import Reversible
-from ...solvers._foreign import AnySolver
+from ...solvers._optimistix import AnySolver
 from .._interface import AbstractModel, check_state
 
 Norm: TypeAlias = str  # "batch" or "group"

@@ -52,7 +52,7 @@ _PRODUCTS = {
 }
 
 
-class Record(eqx.Module):
+class Lost(eqx.Module):
     """What one half step loses.
 
     Attributes:
@@ -64,7 +64,7 @@ class Record(eqx.Module):
     sizes: PyTree
 
 
-class Residues(eqx.Module):
+class Remainders(eqx.Module):
     """Records what half steps lose, and undoes half steps.
 
     Args:
@@ -118,7 +118,7 @@ class Residues(eqx.Module):
     def _own_modulus(self) -> int:
         return 2 ** (self.bits - 3)
 
-    def record(self, a: PyTree, b: PyTree, f: PyTree, new: PyTree) -> Record:
+    def record(self, a: PyTree, b: PyTree, f: PyTree, new: PyTree) -> Lost:
         """What is lost of a when `new` = (1 − β) a + β f, f = f(b), replaces it."""
 
         def leaf(
@@ -147,7 +147,7 @@ class Residues(eqx.Module):
             )
 
         trees = (a, b, f, new, self.shared_unit, self.own_unit, self.headroom)
-        return Record(*_unzip(leaf, *trees, like=a))
+        return Lost(*_unzip(leaf, *trees, like=a))
 
     def undo(
         self,
@@ -155,7 +155,7 @@ class Residues(eqx.Module):
         f: PyTree,
         new: PyTree,
         betas: PyTree,
-        record: Record,
+        record: Lost,
         start: PyTree,
         at_start: Bool[Array, ""],
     ) -> tuple[PyTree, PyTree]:

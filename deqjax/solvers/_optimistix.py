@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._types import Args, Aux, Counts, Flags, Map, Options, Reals, Y
+from .._types import Args, Aux, Flags, Map, Options, Reals, Y
 from ._base import AbstractSolver
 
 KINDS = (
@@ -40,9 +40,13 @@ AnySolver: TypeAlias = (
 _SLACK = 2.0
 
 
-def adapt(solver: Any) -> Any:
+def as_solver(solver: Any) -> Any:
     """A deqjax solver as it is, one of optimistix behind the adaptor."""
-    return solver if isinstance(solver, AbstractSolver | Foreign) else Foreign(solver)
+    return (
+        solver
+        if isinstance(solver, AbstractSolver | FromOptimistix)
+        else FromOptimistix(solver)
+    )
 
 
 class _Evaluation(eqx.Module):
@@ -112,10 +116,9 @@ class _State(eqx.Module):
     foreign: Any
     z: PyTree
     last: _Evaluation
-    num_steps: Array
 
 
-class Foreign(optx.AbstractFixedPointSolver[Y, Aux, Any]):
+class FromOptimistix(optx.AbstractFixedPointSolver[Y, Aux, Any]):
     r"""A solver of optimistix, run on z = f(z).
 
     A fixed-point solver is given f, a root finder and a least-squares solver
@@ -197,7 +200,7 @@ class Foreign(optx.AbstractFixedPointSolver[Y, Aux, Any]):
             )
         leaves = jtu.tree_leaves(y)
         wide = z if any(leaf.dtype != dtype for leaf in leaves) else None
-        return _State(foreign, wide, last, jnp.array(0, jnp.int32))
+        return _State(foreign, wide, last)
 
     def step(
         self,
@@ -217,7 +220,7 @@ class Foreign(optx.AbstractFixedPointSolver[Y, Aux, Any]):
         blank = _Evaluation.none(last.size.dtype)
         last = _tree.where(last.happened, last, blank)
         wide = None if state.z is None else z
-        return problem.narrow(z), _State(foreign, wide, last, state.num_steps + 1), aux
+        return problem.narrow(z), _State(foreign, wide, last), aux
 
     def terminate(
         self,
@@ -264,14 +267,11 @@ class Foreign(optx.AbstractFixedPointSolver[Y, Aux, Any]):
         }
         return y, aux, {**stats, **ours}
 
-    def last_residual(self, y: Y, state: _State) -> Reals:
+    def last_residual(self, state: _State) -> Reals:
         """‖f(z) − z‖₂ where the last step evaluated f, NaN if it did not say where."""
         return state.last.residual
 
-    def steps_taken(self, state: _State) -> Counts:
-        return state.num_steps
-
-    def judged(self, sol: optx.Solution) -> optx.Solution:
+    def checked(self, sol: optx.Solution) -> optx.Solution:
         """`sol` with a result that is successful only if its residual is near zero."""
         results = optx.RESULTS
         honest = results.where(

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from deqjax.solvers import _residues
-from deqjax.solvers._residues import Residues
+from deqjax.solvers import _remainders
+from deqjax.solvers._remainders import Remainders
 from deqjax.solvers._reversible import relax
 
 pytestmark = pytest.mark.optimised
@@ -60,17 +60,17 @@ def half(betas, a, f):
 
 @ft.partial(jax.jit, static_argnums=0)
 def record(bits, betas, a, b, f, new):
-    residues = Residues(betas, a, {"default": MOST}, bits, 0)
+    residues = Remainders(betas, a, {"default": MOST}, bits, 0)
     found = residues.record(a, b, f, new)
     codes = jax.tree.map(
-        lambda c, x: _residues._unpack(c, bits, x.shape), found.codes, a
+        lambda c, x: _remainders._unpack(c, bits, x.shape), found.codes, a
     )
     return found, codes, residues.shared_unit, residues.own_unit
 
 
 @ft.partial(jax.jit, static_argnums=0)
 def undo(bits, betas, b, f, new, found, start, at_start):
-    residues = Residues(betas, b, {"default": MOST}, bits, 0)
+    residues = Remainders(betas, b, {"default": MOST}, bits, 0)
     return residues.undo(b, f, new, betas, found, start, at_start)
 
 
@@ -392,7 +392,7 @@ def test_numbers_of_lower_precision_in_f(x64):
 
     @ft.partial(jax.jit, static_argnums=0)
     def run(digits, beta):
-        residues = Residues(beta, a, {"default": digits}, 8, 0)
+        residues = Remainders(beta, a, {"default": digits}, 8, 0)
         new = relax(a, f, beta)
         found = residues.record(a, b, f, new)
         return residues.undo(b, off, new, beta, found, a, jnp.array(False))
@@ -417,16 +417,16 @@ def test_products_have_the_digits_of_their_platform(precision, cuda, tpu):
     def fn(z, w):
         return jax.lax.map(lambda x: jnp.dot(x, w, precision=precision), z)
 
-    digits = _residues.least_digits(fn, z, w)
+    digits = _remainders.least_digits(fn, z, w)
     assert digits == {"cuda": cuda, "tpu": tpu, "default": 24}
-    half = _residues.least_digits(fn, z.astype("bfloat16"), w.astype("bfloat16"))
+    half = _remainders.least_digits(fn, z.astype("bfloat16"), w.astype("bfloat16"))
     assert set(half.values()) == {8}
     # Here, numbers of the CPU's digits.
-    here, plain = (Residues(0.5, z, d, 8, 0) for d in (digits, {"default": 24}))
+    here, plain = (Remainders(0.5, z, d, 8, 0) for d in (digits, {"default": 24}))
     assert here.shared_unit == plain.shared_unit
     assert here.own_unit == plain.own_unit
     assert here.headroom == plain.headroom
-    there = Residues(0.5, z, {"default": tpu}, 8, 0)
+    there = Remainders(0.5, z, {"default": tpu}, 8, 0)
     assert (there.shared_unit > plain.shared_unit) == (tpu < 24)
 
 
@@ -447,7 +447,7 @@ def test_leaves_of_every_shape(bits, batch_ndim):
     @jax.jit
     def run(a, b, f):
         betas = [0.7 for _ in a]
-        residues = Residues(betas, a, {"default": MOST}, bits, batch_ndim)
+        residues = Remainders(betas, a, {"default": MOST}, bits, batch_ndim)
         new = relax(a, f, betas)
         found = residues.record(a, b, f, new)
         out = residues.undo(b, f, new, betas, found, a, jnp.array(False))
@@ -470,9 +470,9 @@ def test_leaves_of_every_shape(bits, batch_ndim):
 def test_codes_of_four_bits_share_bytes():
     for shape in SHAPES:
         code = np.random.default_rng(3).integers(0, 16, shape).astype(np.int32)
-        packed = _residues._pack(jnp.asarray(code), 4)
+        packed = _remainders._pack(jnp.asarray(code), 4)
         assert packed.dtype == jnp.uint8
-        np.testing.assert_array_equal(_residues._unpack(packed, 4, shape), code)
+        np.testing.assert_array_equal(_remainders._unpack(packed, 4, shape), code)
 
 
 # --- the arithmetic -------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_remainders_are_those_of_pythons_integers(name, x64):
     near = np.arange(-400, 400) / 2 + 0.25
     x = np.concatenate([top, near, 12.0 * np.arange(-9, 9)]).astype(name)
     for modulus in (2, 12, 32, 192, 2**13, 3 * 2**14):
-        got = jax.jit(ft.partial(_residues._remainder, modulus=modulus))(x)
+        got = jax.jit(ft.partial(_remainders._remainder, modulus=modulus))(x)
         np.testing.assert_array_equal(got, [int(np.rint(i)) % modulus for i in x])
 
 
@@ -495,14 +495,14 @@ def test_exponents_and_powers(name, x64):
     info = np.finfo(name)
     exponents = np.arange(info.minexp, info.maxexp)
     powers = np.ldexp(np.ones((), name), exponents)
-    got = jax.jit(_residues._power, static_argnums=1)(
+    got = jax.jit(_remainders._power, static_argnums=1)(
         exponents.astype("int32"), jnp.dtype(name)
     )
     np.testing.assert_array_equal(got, powers)
     factors = np.array([1, 1.25, 1.4999, 1.5, 1.75, 2 - 2 * info.eps], name)
     x = powers[:, None] * factors
-    exponent, upper = jax.jit(_residues._exponent)(x)
+    exponent, upper = jax.jit(_remainders._exponent)(x)
     np.testing.assert_array_equal(exponent, np.repeat(exponents[:, None], 6, 1))
     np.testing.assert_array_equal(upper, np.repeat(factors[None] >= 1.5, len(x), 0))
-    least, _ = _residues._exponent(jnp.zeros((), name))
+    least, _ = _remainders._exponent(jnp.zeros((), name))
     assert int(least) < info.minexp
