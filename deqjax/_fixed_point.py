@@ -19,8 +19,8 @@ from ._steps import Numbered
 from ._structure import plain, plain_within, rebuilt
 from ._tree import batch_shape
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint, UnrolledAdjoint
-from .solvers import Anderson, Picard, Reversible
-from .solvers._base import AbstractSolver, check_count
+from .solvers import Anderson, Reversible
+from .solvers._base import check_count
 from .solvers._optimistix import KINDS, FromOptimistix, as_solver
 
 
@@ -247,8 +247,8 @@ def _first_step(solver: Any, adjoint: Any, first: Any, has_step: bool) -> Array 
                 "`has_step=True` too, or leave it out."
             )
         return None
-    steps = isinstance(solver, Picard | Reversible)
-    if not (steps and isinstance(adjoint, ReversibleAdjoint | UnrolledAdjoint)):
+    plain = getattr(solver, "plain", False)
+    if not (plain and isinstance(adjoint, ReversibleAdjoint | UnrolledAdjoint)):
         raise ValueError(
             "With `has_step=True` the map is another one in every step and has no "
             "fixed point, so that `solver` must be `deqjax.Picard` or "
@@ -302,12 +302,13 @@ def _as_dictionary(options: Any) -> dict[str, Any]:
 
 
 def _canonical_options(solver: Any, options: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(solver, AbstractSolver):
-        unknown = sorted(set(options) - solver.known_options)
+    known = getattr(solver, "known_options", None)
+    if known is not None:
+        unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(
                 f"`options` has unknown entries {unknown} for "
-                f"{type(solver).__name__}; known are {sorted(solver.known_options)}."
+                f"{type(solver).__name__}; known are {sorted(known)}."
             )
     # Arrays, so that another value is not another program.
     if "step_budget" in options:
@@ -330,8 +331,7 @@ def _check_budget(solver: Any, z0: PyTree, budget: Array | None, has_aux: bool) 
     """Raise unless a budget is one number, or one for every problem."""
     if budget is None or budget.ndim == 0:
         return
-    native = isinstance(solver, AbstractSolver)
-    batch = batch_shape(z0, solver.batch_ndim) if native else ()
+    batch = batch_shape(z0, getattr(solver, "batch_ndim", 0))
     if budget.shape != batch:
         raise ValueError(
             '`options["step_budget"]` must be an integer, or an array with a budget '

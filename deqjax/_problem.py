@@ -46,7 +46,7 @@ class Problem(NamedTuple):
         bare = lambda tree: jtu.tree_map(
             lambda x: x.value if is_static(x) else x, tree, is_leaf=is_static
         )
-        given = Problem(*inputs, rewrite_fn)
+        given = Problem(*inputs)._replace(rewrite_fn=rewrite_fn)
         options = {} if given.options is None else dict(given.options)
         prepare = getattr(given.solver, "prepared", None)
         return given._replace(

@@ -56,5 +56,5 @@ class JFBAdjoint(AbstractAdjoint):
     def solve(self, problem: Problem) -> Solved:
         self.check_fixed_point(problem)
         # The first term of the Neumann series.
-        inverse = Series(1, 1.0, problem.batch_ndim)
+        inverse = Series(num_terms=1, beta=1.0, batch_ndim=problem.batch_ndim)
         return solve_implicitly(problem, inverse, self.probe)

@@ -73,5 +73,7 @@ class NeumannAdjoint(AbstractAdjoint):
 
     def solve(self, problem: Problem) -> Solved:
         self.check_fixed_point(problem)
-        inverse = Series(self.num_terms, self.beta, problem.batch_ndim)
+        inverse = Series(
+            num_terms=self.num_terms, beta=self.beta, batch_ndim=problem.batch_ndim
+        )
         return solve_implicitly(problem, inverse, self.probe)

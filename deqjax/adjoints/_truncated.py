@@ -37,7 +37,7 @@ def _window(problem: Problem, last: int, steps: Any) -> _Window:
     size = last if most is None else min(last, most)
     keeps_best = getattr(problem.solver, "keeps_best", False)
     if run.static and not keeps_best and "step_budget" not in problem.options:
-        return _Window(n * (most - size), n * most, n * size)
+        return _Window(run.most - n * size, run.most, n * size)
     start = n * jnp.maximum(steps - last, 0)
     if keeps_best:
         # The evaluation of the answer ends the solve: of it, no step was made.

@@ -15,7 +15,7 @@ from .. import _tree
 from .._fixed_point import fixed_point
 from ..adjoints import ReversibleAdjoint
 from ..regularise import correction_points
-from ..solvers import Picard, Reversible
+from ..solvers import Reversible
 from ..solvers._optimistix import AnySolver
 from ._checks import check_count
 from ._stateful import refuse_stateful
@@ -285,7 +285,7 @@ def unless_lost(sol: optx.Solution, solver: Any) -> optx.Solution:
     The best iterate of such a problem is its start: finite, plausible, and the same
     whatever the input. A network must not make a prediction of it.
     """
-    if isinstance(solver, Picard | Reversible) and solver.static:
+    if not getattr(solver, "keeps_best", True):
         return sol  # The last iterate: it is NaN already.
     found = jnp.isfinite(lax.stop_gradient(sol.stats["residual"]))
     value = jtu.tree_map(

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from .. import _tree
 from .._fixed_point import fixed_point
 from ..solvers import Picard
-from ..solvers._base import AbstractSolver, Measured, statistics
+from ..solvers._base import Measured, statistics
 from ..solvers._optimistix import AnySolver
 from ._checks import batched_solver, check_count
 from ._deq import unless_lost
@@ -134,7 +134,7 @@ class MonotoneDEQ(eqx.Module):
                     f"got {shapes(z0)}."
                 )
             start = self.splitting.start(operator, operator.inject(x), z0)
-        tested = isinstance(self.solver, AbstractSolver) and not self.solver.static
+        tested = not getattr(self.solver, "static", True)
         sol = fixed_point(
             _measured if tested else _split,
             start,
@@ -179,14 +179,15 @@ def _measured(u: Any, args: tuple) -> tuple[Any, Measured]:
 @eqx.filter_jit
 def _judged(layer: MonotoneDEQ, sol: optx.Solution, x: Any) -> optx.Solution:
     """The solution for z, its verdict that of the equation."""
-    solver, results = layer.solver, optx.RESULTS
+    results, solver = optx.RESULTS, layer.solver
+    tested: Any = None if getattr(solver, "static", True) else solver
     value = layer.splitting.read(layer.operator, sol.value)
     z, f = lax.stop_gradient((value, layer.equation(value, x)))
     ndim = getattr(solver, "batch_ndim", 0)
     residual, norm = _tree.norm(_tree.subtract(f, z), ndim), _tree.norm(f, ndim)
     converged, result = sol.stats["converged"], sol.result
-    if isinstance(solver, AbstractSolver) and not solver.static:
-        converged = solver.passes(residual, norm, z)
+    if tested is not None:
+        converged = tested.is_converged(residual, norm, z)
         # What rounding keeps from moving need not be at the equilibrium.
         claims, met = result == results.successful, jnp.all(converged)
         result = results.where(claims, results.nonlinear_divergence, result)

@@ -64,8 +64,26 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
     `rtol=None, atol=None` nothing is tested, and exactly `max_steps` steps are taken in
     a loop of static length.
 
-    A method is its `update`, and what memory that needs; `_drive.py` evaluates f,
-    keeps the record and loops. The rest below has defaults.
+    A method is its `update`, and `init_memory` if it remembers something; evaluations,
+    the record, batches and the loop are the library's. A subclass has the four fields
+    `rtol`, `atol`, `min_steps` and `batch_ndim`; all else has defaults.
+
+    Raises:
+        ValueError: when built, if one of the four fields is not valid.
+
+    Example:
+        >>> import deqjax, jax.numpy as jnp
+        >>> class Half(deqjax.solvers.AbstractSolver):
+        ...     rtol: float = 1e-4
+        ...     atol: float = 1e-6
+        ...     min_steps: int = 0
+        ...     batch_ndim: int = 0
+        ...     def update(self, z, f, memory, trial):
+        ...         return (z + f) / 2, memory
+        >>> f = lambda z, _: jnp.cos(z)
+        >>> sol = deqjax.fixed_point(f, jnp.ones(()), solver=Half())
+        >>> round(float(sol.value), 3)
+        0.739
     """
 
     # optimistix has floats alone; None is for a solve without a test.
@@ -78,6 +96,10 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
     norm: ClassVar[Callable[[PyTree], Array]] = staticmethod(optx.two_norm)
 
     known_options: ClassVar[frozenset[str]] = frozenset({"step_budget", "record"})
+
+    # Whether an iterate comes of the last one alone: such an iteration can be stopped
+    # and resumed, and can run a map that changes from step to step.
+    plain: ClassVar[bool] = False
 
     # Evaluations of f in a step, of which the first is tested.
     evals_per_step: ClassVar[int] = 1
@@ -147,7 +169,12 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
     @property
     def keeps_best(self) -> bool:
         """Whether every evaluation is recorded, and the best iterate the answer."""
-        return True
+        return not (self.plain and self.static)
+
+    def without_test(self) -> "AbstractSolver":
+        """The same solver, taking exactly `max_steps` steps."""
+        tolerances = lambda s: (s.rtol, s.atol)
+        return eqx.tree_at(tolerances, self, (None, None), is_leaf=lambda x: x is None)
 
     # The stopping rule
 

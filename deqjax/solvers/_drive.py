@@ -7,7 +7,7 @@ the solver's `update`. `Stepwise` is the same for solvers that know optimistix's
 methods alone. `drive` runs the loop; adjoints that need a part of it run its pieces.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -51,7 +51,7 @@ class State(eqx.Module):
         return self.memory
 
 
-class Trial(NamedTuple):
+class Trial(eqx.Module):
     """What an update is told of an evaluation, beside f.
 
     Attributes:
@@ -192,8 +192,7 @@ class Iteration:
         """The evaluations of a solve without a test, of all problems and lanes."""
         if not self.limited:
             return self.most
-        wanted = jnp.minimum(jnp.maximum(self._wanted(), 1), self.most)
-        return unvmap_max(jnp.max(wanted))
+        return unvmap_max(jnp.max(jnp.maximum(self._wanted(), 1)))
 
     def index(self, carry: Carry) -> Array:
         """The evaluations so far."""

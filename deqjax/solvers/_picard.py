@@ -61,13 +61,13 @@ class Picard(AbstractSolver[Y, Aux]):
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
+    plain = True
+
     def __check_init__(self):
         check_beta(self.beta, below=2.0)
 
-    @property
-    def keeps_best(self) -> bool:
-        return not self.static
-
-    def update(self, z: Y, f: Y, memory: PyTree, trial: Trial) -> tuple[Y, PyTree]:
+    def update(
+        self, z: Y, f: Y, memory: PyTree, trial: Trial | None = None
+    ) -> tuple[Y, PyTree]:
         undamped = isinstance(self.beta, float) and self.beta == 1
         return f if undamped else relax(z, f, self.beta), None

@@ -89,7 +89,7 @@ class Reversible(AbstractSolver[Y, Aux]):
     min_steps: int = eqx.field(default=0, kw_only=True, converter=whole)
     batch_ndim: int = eqx.field(default=0, kw_only=True, converter=whole)
 
-    evals_per_step = 2
+    plain, evals_per_step = True, 2
     known_options: ClassVar[frozenset[str]] = AbstractSolver.known_options | {
         *("beta", "companion")
     }
@@ -108,10 +108,6 @@ class Reversible(AbstractSolver[Y, Aux]):
         self.rtol, self.atol = rtol, atol
         self.beta = canonical_weights("`beta`", beta)
         self.min_steps, self.batch_ndim = min_steps, batch_ndim
-
-    @property
-    def keeps_best(self) -> bool:
-        return not self.static
 
     def prepared(self, z: PyTree, options: Options) -> "Reversible":
         """The solver with the weight on f of every leaf of z, for this solve.

@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ...nn._attention import Past
 from ...nn._checks import check_sizes, check_tokens
 from ...nn._tokens import Features, Tokens, signed
-from ...solvers import Picard, Reversible
-from ...solvers._reversible import relax
 
 
 class KVCache(eqx.Module):
@@ -209,17 +207,15 @@ def static_depth(solver: Any, num_steps: int) -> int | None:
     Raises:
         ValueError: for a static solver that mixes iterates across tokens.
     """
-    if isinstance(solver, Reversible) and solver.static:
-        return 2 * num_steps
-    if isinstance(solver, Picard) and solver.static:
-        return num_steps
-    if getattr(solver, "static", False):
+    if not getattr(solver, "static", False):
+        return None
+    if solver.keeps_best:
         raise ValueError(
             "Generation from a solve of static length needs `deqjax.Reversible` or "
             "`deqjax.Picard`, whose iterates of a token do not depend on later ones; "
             f"got {type(solver).__name__}. Give it tolerances, or change `solver`."
         )
-    return None
+    return solver.evals_per_step * num_steps
 
 
 def static_solve(
@@ -244,26 +240,19 @@ def static_solve(
     Returns:
         The last iterate, and what was kept, along the first axis.
     """
-    unknown = sorted(set(options) - {"beta"})
+    unknown = sorted(set(options) - (solver.known_options & {"beta"}))
     if unknown:
         raise ValueError(
-            f'`options` of a static solve with a cache may have "beta"; got {unknown}.'
+            "`options` of a static solve with a cache may be `beta`, for "
+            f"`deqjax.Reversible`; got {unknown} for {type(solver).__name__}."
         )
-    coupled = isinstance(solver, Reversible)
-    if coupled:
-        betas = solver.betas(z0, options)
-    elif options:
-        raise ValueError(
-            '`options={"beta": value}` is for `deqjax.Reversible`; got '
-            f"{type(solver).__name__}."
-        )
-    else:
-        betas = solver.beta
+    solver = solver.prepared(z0, options)
 
     def step(pair: PyTree, past: PyTree) -> tuple[PyTree, PyTree]:
-        a, b = pair
-        f, kept = evaluate(b, past)
-        return (b, relax(a if coupled else b, f, betas)), kept
+        z, memory = pair
+        f, kept = evaluate(z, past)
+        return solver.update(z, f, memory), kept
 
-    (_, z), kept = lax.scan(step, (z0, z0), pasts)
+    start = z0, solver.init_memory(z0, options)
+    (z, _), kept = lax.scan(step, start, pasts)
     return z, kept
