@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -20,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._types import Flags, Reals
+from ._upstream import pvary, varying_axes
 
 
 def wide(dtype: Any) -> Any:
@@ -202,6 +204,21 @@ def stack_of_zeros(row: PyTree, length: int, axis: int = 0) -> PyTree:
         return jnp.broadcast_to(jnp.expand_dims(jnp.zeros_like(a), axis), shape)
 
     return jtu.tree_map(leaf, row)
+
+
+def varying(tree: PyTree, like: PyTree) -> PyTree:
+    """The tree, varying over the axes of a `jax.shard_map` over which `like` does.
+
+    Loops and branches want the same of all that goes in and comes out.
+    """
+    found = [varying_axes(x) for x in jtu.tree_leaves(like) if eqx.is_array(x)]
+    axes = frozenset().union(*found)
+
+    def leaf(x: Any) -> Any:
+        missing = tuple(axes - varying_axes(x)) if eqx.is_array(x) else ()
+        return pvary(x, missing) if missing else x
+
+    return jtu.tree_map(leaf, tree) if axes else tree
 
 
 # Rings: `length` vectors like x, behind the axes of the batch. A vector is one axis

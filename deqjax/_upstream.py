@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from equinox.internal import (
     Static as Static,
     nondifferentiable as nondifferentiable,
@@ -10,12 +11,29 @@ from equinox.internal import (
     unvmap_max as unvmap_max,
     while_loop as while_loop,
 )
+from jax import lax
+from jaxtyping import Array
 from optimistix._misc import wrap_jaxpr as wrap_jaxpr
 
 # Loops of static length up to this one are unrolled if they are backpropagated through:
 # equinox's checkpointed loop took 1.7 times the time (8 Picard steps on an MLP), and
 # three times the time to compile; `lax.scan` up to 1.7 times the memory.
 UNROLL = 8
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The axes of a `jax.shard_map` along which x differs, if that keeps track."""
+    aval: Any = jax.typeof(x)
+    if hasattr(aval, "vma"):  # up to JAX 0.9
+        return aval.vma
+    return aval.manual_axis_type.varying
+
+
+def pvary(x: Array, axes: tuple[str, ...]) -> Array:
+    """x, which is the same on all devices along these axes, as if it were not."""
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # up to JAX 0.8
 
 
 def bind(eqn: Any, inputs: list[Any]) -> list[Any]:

@@ -94,27 +94,20 @@ class LinearSolve(AdjointSolve):
             start = _tree.scale(1 / unit, self.initial)
             fits = _tree.all_finite(start, k) & ~zero
             options["y0"] = _tree.where(fits, start, _tree.zeros_like(start))
-        sol = lx.linear_solve(
-            lx.FunctionLinearOperator(
-                operator,
-                jax.eval_shape(lambda: rhs),
-                lx.transpose_tags(self.tags) if transposed else self.tags,
-            ),
-            rhs,
-            self.solver,
-            options=options,
-            throw=False,
-        )
-        value = sol.value
+        if isinstance(self.solver, AbstractIterative):
+            value, result, stats = self.solver.solve(operator, rhs, options)
+            # A series of fixed length is not tested, so `converged` is unknown.
+            tested, trivial = "converged" in stats, jnp.zeros_like(zero)
+        else:
+            tags = lx.transpose_tags(self.tags) if transposed else self.tags
+            like = jax.eval_shape(lambda: rhs)
+            system = lx.FunctionLinearOperator(operator, like, tags), rhs
+            sol = lx.linear_solve(*system, self.solver, options=options, throw=False)
+            value, result, stats = sol.value, sol.result, sol.stats
+            tested, trivial = True, zero
         finite = _tree.all_finite(value, k)
-        converged = sol.stats.get("converged", sol.result == lx.RESULTS.successful)
-        converged = converged & finite
-        if not isinstance(self.solver, AbstractIterative):
-            converged = zero | converged
-        # Of a fixed number of terms nobody knows.
-        tested = "converged" in sol.stats or not isinstance(
-            self.solver, AbstractIterative
-        )
+        converged = stats.get("converged", result == lx.RESULTS.successful)
+        converged = trivial | (converged & finite)
         nan = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), value)
         # Nothing can be said for a problem whose solution is not finite; but what was
         # not finite to begin with, a loss say, is not to be hidden.
@@ -124,8 +117,8 @@ class LinearSolve(AdjointSolve):
         value = _tree.where(converged, value, fallback)
         value = _tree.where(zero & converged, _tree.zeros_like(value), value)
         known = {
-            "residual": sol.stats.get("residual"),
-            "num_products": sol.stats.get("num_products"),
+            "residual": stats.get("residual"),
+            "num_products": stats.get("num_products"),
             "converged": converged if tested else None,
         }
         return value, known

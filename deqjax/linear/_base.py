@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -135,11 +136,6 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
                     f"`{name}` solves real systems in {', '.join(_DEFAULT_RTOL)}; got "
                     f"{leaf.dtype}."
                 )
-        batch = _tree.batch_shape(structure, self.batch_ndim)
-        check_tolerance("rtol", 0.0 if self.rtol is None else self.rtol, batch)
-        check_tolerance("atol", self.atol, batch)
-        check_preconditioner(options, structure)
-        check_start(options, structure)
         # Its products are made in loops. Jaxprs are leaves of operators.
         return lx.linearise(rewrite(operator))
 
@@ -166,8 +162,23 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         vector: PyTree,
         options: dict[str, Any],
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        k = self.batch_ndim
-        dtypes = jtu.tree_map(lambda leaf: leaf.dtype, state.in_structure())
+        return self.solve(state.mv, vector, options)
+
+    def solve(
+        self, product: Linear, vector: PyTree, options: dict[str, Any]
+    ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
+        """Solve a system whose vectors look like the one given.
+
+        `compute`, for callers whose product is a function: the operators of lineax
+        convert closures, which takes time to trace, and loses what `jax.shard_map` and
+        explicit meshes know of an array.
+        """
+        k, structure = self.batch_ndim, jax.eval_shape(lambda: vector)
+        batch = _tree.batch_shape(vector, k)
+        check_tolerance("rtol", 0.0 if self.rtol is None else self.rtol, batch)
+        check_tolerance("atol", self.atol, batch)
+        check_preconditioner(options, structure)
+        check_start(options, structure)
         preconditioner = rewrite(options.get("preconditioner"))
 
         # Squares of small entries would vanish, those of large ones overflow. Scaled by
@@ -187,9 +198,9 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
             # A start that is not finite, from a solve that failed say, is none.
             guess = _tree.where(_tree.all_finite(start, k), start, guess)
         system = System(
-            product=_widened(state),
+            product=widened(product, vector),
             precondition=lambda v: (
-                v if preconditioner is None else _widened(preconditioner)(v)
+                v if preconditioner is None else widened(preconditioner.mv, vector)(v)
             ),
             b=b,
             size=size,
@@ -207,7 +218,7 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
 
         solution = _tree.scale(jnp.where(trivial, 0, unit), final.solution)
         solution = _tree.scale(jnp.where(bad, jnp.nan, 1), solution)
-        solution = jtu.tree_map(lambda x, d: x.astype(d), solution, dtypes)
+        solution = jtu.tree_map(lambda x, v: x.astype(v.dtype), solution, vector)
         # What has been found may still be beyond the range of the dtype.
         finite = _tree.all_finite(solution, k)
         converged = final.converged & finite
@@ -232,18 +243,14 @@ class AbstractIterative(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
         return jnp.asarray(rtol, dtype)
 
 
-def widened(linear: Linear, structure: PyTree) -> Linear:
-    """v ↦ A v for v in the wide dtype, the product itself in the operator's own."""
+def widened(linear: Linear, like: PyTree) -> Linear:
+    """v ↦ A v for v in the wide dtype, the product itself in the dtypes of `like`."""
 
     def apply(v: PyTree) -> PyTree:
-        v = jtu.tree_map(lambda x, s: x.astype(s.dtype), v, structure)
+        v = jtu.tree_map(lambda x, s: x.astype(s.dtype), v, like)
         return jtu.tree_map(lambda x: x.astype(_tree.wide(x.dtype)), linear(v))
 
     return apply
-
-
-def _widened(linear: lx.AbstractLinearOperator) -> Linear:
-    return widened(linear.mv, linear.in_structure())
 
 
 def _precision(structure: PyTree) -> float:

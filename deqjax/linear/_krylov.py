@@ -89,10 +89,11 @@ class Cycles(eqx.Module):
         eye = jnp.broadcast_to(
             jnp.eye(cycle + 1, dtype=dtype), (*shape, cycle + 1, cycle + 1)
         )
+        eye = _tree.varying(eye, system.size)
         krylov = Krylov(
             index=jnp.array(0 if at_zero else -1, jnp.int32),
             rotations=eye,
-            triangle=jnp.zeros((*shape, cycle + 1, cycle), dtype),
+            triangle=jnp.zeros_like(eye[..., :-1]),
             size=system.size,
             used=jnp.zeros_like(trivial, dtype=jnp.int32),
             fresh=jnp.zeros_like(trivial),
@@ -139,10 +140,11 @@ class Cycles(eqx.Module):
         lost = lost | (pending & carry.broken & ~done) | leaky
         live = pending & ~done & ~lost
         krylov = carry.krylov
-        eye = jnp.eye(krylov.rotations.shape[-1], dtype=krylov.rotations.dtype)
+        shape = krylov.rotations.shape
+        eye = jnp.eye(shape[-1], dtype=krylov.rotations.dtype)
         krylov = Krylov(
             index=jnp.zeros_like(krylov.index),
-            rotations=jnp.broadcast_to(eye, krylov.rotations.shape),
+            rotations=_tree.varying(jnp.broadcast_to(eye, shape), size),
             triangle=jnp.zeros_like(krylov.triangle),
             size=jnp.where(live, size, krylov.size),
             used=jnp.zeros_like(krylov.used),

@@ -100,7 +100,9 @@ class Iteration:
     def begin(self, tape: Any = None) -> Carry:
         """The carry before the first evaluation."""
         problem, solver = self.problem, self.solver
-        z, k = problem.y0, solver.batch_ndim
+        # Within `jax.shard_map` the iterate differs wherever anything in f does.
+        z = _tree.varying(problem.y0, (problem.fn, problem.args, problem.options))
+        k = solver.batch_ndim
         _tree.batch_shape(z, k)  # raises unless the leaves agree
         memory = solver.init_memory(z, problem.options)
         if solver.keeps_best:
@@ -110,11 +112,11 @@ class Iteration:
         else:
             record, last = Record.start(None, z, None, k), lax.stop_gradient((z, z))
             aux = _tree.zeros_like(problem.aux_struct)
-        # Of the batch, so that within `jax.shard_map` it varies as that does.
-        num_evals = jnp.max(record.num_steps, initial=0)
-        state = State(memory, record, last, jnp.array(0, jnp.int32), num_evals)
+        zero = jnp.array(0, jnp.int32)
+        state = State(memory, record, last, zero, zero)
         row = lambda: record.residual
-        return Carry(z, state, aux, _blank_history(problem, row), tape)
+        carry = Carry(z, state, aux, _blank_history(problem, row), tape)
+        return _tree.varying(carry, z)
 
     def advance(self, carry: Carry) -> Carry:
         """One evaluation of f, for all problems, and what the solver makes of it."""
@@ -123,6 +125,7 @@ class Iteration:
         args = at_step(problem.args, h // self.per_step)
 
         f, aux, products = solver.evaluate(problem.fn, z, args)
+        f, aux = _tree.varying((f, aux), z)
 
         record, last, num_evals = state.record, None, state.num_evals
         if solver.keeps_best:

@@ -250,21 +250,19 @@ class NewtonKrylov(AbstractSolver[Y, Aux]):
         # Scaled to 1 per problem: linear solvers take a small right-hand side for 0.
         unit = _tree.max_abs(residual, k)
         unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
-        operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: residual))
-        # What the direction is worth shows in f itself.
-        options = {"measure": False} if isinstance(solver, GMRES) else {}
-        sol = lx.linear_solve(
-            operator,
-            _tree.scale(1 / unit, residual),
-            solver,
-            options=options,
-            throw=False,
-        )
-        direction = _tree.scale(unit, sol.value)
-        linear = jnp.asarray(sol.stats.get("relative_residual", jnp.zeros_like(unit)))
+        rhs = _tree.scale(1 / unit, residual)
+        if isinstance(solver, GMRES):
+            # What the direction is worth shows in f itself.
+            value, _, stats = solver.solve(product, rhs, {"measure": False})
+        else:
+            operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: rhs))
+            sol = lx.linear_solve(operator, rhs, solver, throw=False)
+            value, stats = sol.value, sol.stats
+        direction = _tree.scale(unit, value)
+        linear = jnp.asarray(stats.get("relative_residual", jnp.zeros_like(unit)))
         useless = ~_tree.all_finite(direction, k) | ~(linear < 1)
         direction = _tree.where(useless, residual, direction)
-        products = sol.stats.get("num_products", 0)
+        products = stats.get("num_products", 0)
         return direction, jnp.where(useless, 1, linear), jnp.asarray(products)
 
 

@@ -63,7 +63,9 @@ def test_the_gradient_is_that_of_the_estimate_and_z_is_held_fixed(method, x64):
     )
     gradient = jax.jit(jax.grad(run))(p.args)
     direction, want = slope(run, p.args)
-    assert abs(helpers.inner(gradient, direction) - want) <= 1e-6 * abs(want)
+    # A difference of differences has lost more digits.
+    bound = 1e-5 if method == "difference" else 1e-6
+    assert abs(helpers.inner(gradient, direction) - want) <= bound * abs(want)
     free = lambda z: jacobian_norm(p.fn, z, p.args, key=jr.key(1), method=method)
     np.testing.assert_array_equal(jax.grad(free)(z), 0)
 
