@@ -38,17 +38,12 @@ def make_tables(
     logits.
 
     Raises:
-        TypeError, ValueError: if `positions` or `tied` is not valid.
+        ValueError: if `positions` is not valid.
     """
     if positions not in ("learned", "rotary"):
         raise ValueError(
-            '`positions` must be "learned" or "rotary"; got '
-            f'{positions!r}. "learned" is the default.'
-        )
-    if not isinstance(tied, bool):
-        raise TypeError(
-            f"`tied` must be True or False; got {tied!r}. True makes the embedding of "
-            "tokens the head as well."
+            f'`positions` must be "learned" or "rotary"; got {positions!r}. The former '
+            "are added to the embeddings of tokens, the latter have no parameters."
         )
     tokens = eqx.nn.Embedding(vocab_size, dim, dtype=dtype, key=keys[0])
     places, head = None, None

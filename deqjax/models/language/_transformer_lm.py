@@ -53,7 +53,7 @@ class TransformerLM(AbstractLanguageModel):
         key: decides the initial parameters.
 
     Raises:
-        TypeError, ValueError: if an argument is not valid.
+        ValueError: if an argument is not valid.
         RuntimeError: at a call in training mode, if a key for dropout is missing.
 
     Example:
