@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import deqjax
+from benchmarks.common.training import cast_linear
 from deqjax._fold import fold
 from deqjax.models import RevDEQLM, TransformerLM, generate
 from deqjax.nn import RevDEQBlock, TransformerBlock, count_parameters
@@ -216,20 +217,13 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_both_uses(make):
         assert error(part, got.tokens.weight) >= 1e-2
 
 
-def test_a_tied_head_is_multiplied_in_the_dtype_of_the_layers():
-    z = jnp.ones((1, 2, DIM))
-    for model in (rev(tied=True), explicit(tied=True)):
-        is_linear = lambda node: isinstance(node, eqx.nn.Linear)
-        narrow = lambda x: x.astype(jnp.bfloat16) if eqx.is_array(x) else x
-        model = jtu.tree_map(
-            lambda n: jtu.tree_map(narrow, n) if is_linear(n) else n,
-            model,
-            is_leaf=is_linear,
-        )
-        jaxpr = jax.make_jaxpr(model.logits)(z)
-        (product,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
-        assert {v.aval.dtype for v in product.invars} == {jnp.dtype(jnp.bfloat16)}
-        assert jaxpr.out_avals[0].dtype == jnp.float32
+@both
+def test_a_tied_head_is_multiplied_in_the_dtype_of_the_layers(make):
+    model = cast_linear(make(tied=True), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(model.logits)(jnp.ones((1, 2, DIM)))
+    (product,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
+    assert {v.aval.dtype for v in product.invars} == {jnp.dtype(jnp.bfloat16)}
+    assert jaxpr.out_avals[0].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
