@@ -87,7 +87,8 @@ def test_token_by_token_is_the_parallel_forward(name):
     for i in range(4, 9):
         logits, cache = extend(model, TOKENS[:, i : i + 1], cache)
         parts.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), want, atol=1e-4)
+    within = 1e-4 if "converged" in name else 5e-6  # a tolerance, or rounding
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), want, rtol=0, atol=within)
     assert int(cache.length) == 9
     if "converged" in name:
         worst = np.asarray(cache.residual)
