@@ -36,10 +36,10 @@ def operations(model: RevDEQLM, batch: int, depth: int) -> tuple[float, float]:
     tokens counted. A pull-back counts as two evaluations. A model's operations leave
     out what is evaluated again, which a reversible backward pass does once.
     """
-    length, dim = model.positions.weight.shape
+    length, dim = model.max_length, model.tokens.weight.shape[1]
     weights = sum(x.size for x in jtu.tree_leaves(model.deq.cell) if _is_matrix(x))
     block = 2 * batch * length * weights + 4 * batch * length**2 * dim
-    head = 2 * batch * length * model.head.weight.size
+    head = 2 * batch * length * model.tokens.weight.size
     evals = 2 * depth
     return 3 * evals * block + 3 * head, 4 * evals * block + 3 * head
 
@@ -93,7 +93,7 @@ def parts(
     model: RevDEQLM, step: Step, batch: int, optimiser: Any
 ) -> list[tuple[str, tuple]]:
     """What a reversible step is made of: (name, (function, shapes of arguments))."""
-    length, dim = model.positions.weight.shape
+    length, dim = model.max_length, model.tokens.weight.shape[1]
     wide = eqx.partition(model, eqx.is_inexact_array)[0]
     weights, static = eqx.partition(cast(model, step.dtype), eqx.is_inexact_array)
     state = jax.ShapeDtypeStruct((batch, length, dim), step.dtype)

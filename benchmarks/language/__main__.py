@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from benchmarks.common import training
 
-from ._config import MODELS, PRESETS, TITLES, Config, preset_fields
+from ._config import MODELS, POSITIONS, PRESETS, TITLES, Config, preset_fields
 from ._errors import UsageError
 from ._train import train
 
@@ -55,6 +55,7 @@ _count = _number(int, "a whole number of at least 1", lambda n: n >= 1)
 _natural = _number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**31)
 _positive = _number(float, "a number above 0", lambda x: x > 0)
 _not_negative = _number(float, "a number of at least 0", lambda x: x >= 0)
+_rate = _number(float, "a number of at least 0 and below 1", lambda x: 0 <= x < 1)
 _share = _number(float, "a number above 0 and below 1", lambda x: 0 < x < 1)
 
 
@@ -106,7 +107,29 @@ def make_parser() -> argparse.ArgumentParser:
     model("--layers", type=_count, metavar="N", help="of the explicit transformer")
     model("--solver-steps", type=_count, metavar="N", help="steps of the RevDEQ")
     model("--beta", type=_share, metavar="β", help="weight on the cell in each step")
+    model(
+        "--positions",
+        choices=POSITIONS,
+        help="of the RevDEQ and the explicit transformer; learned: embeddings that are "
+        "added to those of the tokens; rotary: queries and keys rotated by their "
+        "positions, without parameters. Default: learned",
+    )
+    model(
+        "--tied",
+        action="store_true",
+        help="the embedding of tokens is the output matrix, too, in the RevDEQ and the "
+        "explicit transformer; the DEQ-Transformer always ties them",
+    )
     fit = parser.add_argument_group("training").add_argument
+    fit(
+        "--dropout",
+        type=_rate,
+        metavar="R",
+        help="rate in training, of embeddings, attention and MLP: in the RevDEQ and "
+        "the DEQ-Transformer one mask per solve, the same for all tokens; in the "
+        "explicit transformer one mask per layer and entry. Evaluations have none. "
+        "Default: 0",
+    )
     fit("--steps", type=_count, metavar="N", help="length of the run")
     fit("--batch-size", type=_count, metavar="N", help="sequences in a batch")
     fit("--accumulate", type=_count, metavar="N", help="parts of a batch, in turn")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("revdeq", "deq", "explicit")
+POSITIONS = ("learned", "rotary")
 TITLES = {
     "revdeq": "RevDEQ",
     "deq": "DEQ-Transformer",
@@ -47,6 +48,10 @@ class Config:
     save_every: int
     keep: int
     tensorboard: bool
+    # With defaults, so that runs of before these choices can be resumed and loaded.
+    dropout: float = 0.0
+    positions: str = "learned"
+    tied: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The choices as JSON knows them."""

@@ -24,13 +24,17 @@ from ._output import check_output, prepare_output, read_config, write_report
 def loss_fn(
     model: Any, windows: Array, key: PRNGKeyArray
 ) -> tuple[Array, dict[str, Array]]:
-    """The mean over tokens, and evaluations of the cell (or layers) per sequence."""
-    nll, evals = token_nll(model, windows)
+    """The mean over tokens, and evaluations of the cell (or layers) per sequence.
+
+    The key is that of the step, a function of the run's seed and the step's number, so
+    that a resumed run draws the masks of an uninterrupted one.
+    """
+    nll, evals = token_nll(model, windows, key)
     return jnp.mean(nll), {"evaluations": jnp.mean(evals)}
 
 
 class Validation:
-    """Perplexities and bits per byte on fixed windows of the validation text."""
+    """Perplexities and bits per byte on fixed windows of the text, without dropout."""
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class Validation:
 
         def run(params: PyTree, windows: Array, weights: Array) -> dict[str, Array]:
             params = placement.gathered(params)
-            model = eqx.combine(params, static)
+            model = eqx.nn.inference_mode(eqx.combine(params, static))
             model = training.cast_linear(model, _dtype(config))
             nll, evals = token_nll(model, windows)
             return {
@@ -107,6 +111,8 @@ def _init_state(
 def load_run(directory: Path | str) -> tuple[Any, Config]:
     """The model of a run after its latest checkpoint, and the run's configuration.
 
+    The model is in inference mode: without dropout, if the run had any.
+
     Args:
         directory: that the run was given as `--output`.
 
@@ -123,7 +129,8 @@ def load_run(directory: Path | str) -> tuple[Any, Config]:
         found = checkpoints.restore(placement.put_state(state))
     if found is None:
         raise UsageError(f"{directory} holds no checkpoint; train until it does")
-    return eqx.combine(training.best_params(found), static), config
+    model = eqx.combine(training.best_params(found), static)
+    return eqx.nn.inference_mode(model), config
 
 
 def train(

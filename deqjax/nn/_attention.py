@@ -9,6 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._tree import wide
+from ._rotary import check_rotary, rotate
 from ._tokens import Features, project
 
 Heads = Float[Array, "batch length heads head_dim"]
@@ -24,13 +25,18 @@ class Past(NamedTuple):
 
 
 class Attention(eqx.Module):
-    """Multi-head attention with its four projections, causal."""
+    """Multi-head attention with its four projections, causal.
+
+    With `rotary`, queries and keys are rotated by their positions, which go on from
+    those of the past.
+    """
 
     query: eqx.nn.Linear
     key: eqx.nn.Linear
     value: eqx.nn.Linear
     output: eqx.nn.Linear
     num_heads: int = eqx.field(static=True)
+    rotary: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -38,14 +44,17 @@ class Attention(eqx.Module):
         num_heads: int,
         *,
         use_bias: bool,
+        rotary: bool = False,
         dtype: jnp.dtype | type,
         key: PRNGKeyArray,
     ):
+        if rotary:
+            check_rotary(dim, num_heads)
         keys = jr.split(key, 4)
         self.query, self.key, self.value, self.output = (
             eqx.nn.Linear(dim, dim, use_bias, dtype, key=k) for k in keys
         )
-        self.num_heads = num_heads
+        self.num_heads, self.rotary = num_heads, rotary
 
     def __call__(
         self, query: Features, key: Features, value: Features, past: Past | None
@@ -54,6 +63,9 @@ class Attention(eqx.Module):
         split = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
         q = split(project(self.query, query))
         k, v = split(project(self.key, key)), split(project(self.value, value))
+        if self.rotary:
+            start = 0 if past is None else past.length
+            q, k = rotate(q, start), rotate(k, start)
         k, v = confine(k, v)
         gathered = attend(q, k, v, past).reshape(query.shape)
         return project(self.output, gathered), (k, v)

@@ -1,5 +1,7 @@
 """Dropout whose mask is drawn once per solve."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,6 +14,15 @@ from ._checks import check_rate
 def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]:
     """`num` keys; without one, as many times None."""
     return [None] * num if key is None else list(jr.split(key, num))
+
+
+def dropout_layer(rate: float, make: Callable[[float], eqx.Module]) -> eqx.Module:
+    """`make(rate)`, or for a rate of 0 a layer that does nothing and has no leaves.
+
+    So a model without dropout is the same pytree as one that has never known any.
+    """
+    check_rate("dropout", rate)
+    return make(rate) if rate else eqx.nn.Identity()
 
 
 class VariationalDropout(eqx.Module):

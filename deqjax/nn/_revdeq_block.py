@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray
 
 from ._attention import Attention, Heads, Past
 from ._checks import check_heads, check_sizes
+from ._dropout import VariationalDropout, dropout_layer, split_key
 from ._tokens import Features, over_tokens, project
 
 
@@ -26,16 +27,32 @@ class RevDEQBlock(eqx.Module):
     solves with random weights converge. With `residual="input"` f adds to x instead
     (h = x + …), and they do for weights of moderate size; this is not in the source.
 
+    With `dropout`, what attention and MLP add is dropped before it is added, with masks
+    that the key of the solve decides: f is the same map at every evaluation, so that
+    its fixed point is defined and a reversible gradient stays exact.
+
     Args:
         dim: width d.
         num_heads: attention heads; divides d.
         hidden: width of the MLP's hidden layers.
         residual: what f adds to, `"state"` or `"input"`.
+        dropout: rate, for the attention's output and the MLP's; one mask per sequence
+            and solve, the same for all tokens, as of `VariationalDropout.tokens`.
+        rotary: whether queries and keys are rotated by their positions.
         dtype: of the parameters.
         key: decides the initial parameters.
 
     Raises:
-        ValueError: if a size is not valid.
+        ValueError: if a size or the rate is not valid.
+        RuntimeError: at a call in training mode, if a key for dropout is missing.
+
+    References:
+        S. McCallum, K. Arora, J. Foster (2025), Reversible deep equilibrium models,
+        doi:10.48550/arXiv.2509.12917.
+        Y. Gal, Z. Ghahramani (2016), A theoretically grounded application of dropout
+        in recurrent neural networks, doi:10.48550/arXiv.1512.05287.
+        J. Su, M. Ahmed, Y. Lu, S. Pan, W. Bo, Y. Liu (2024), RoFormer: Enhanced
+        transformer with rotary position embedding, doi:10.1016/j.neucom.2023.127063.
     """
 
     norm1: eqx.nn.LayerNorm
@@ -45,6 +62,7 @@ class RevDEQBlock(eqx.Module):
     value: eqx.nn.Linear
     attention: Attention
     mlp: eqx.nn.MLP
+    drop: Any
     residual: str = eqx.field(static=True)
 
     def __init__(
@@ -54,6 +72,8 @@ class RevDEQBlock(eqx.Module):
         hidden: int,
         *,
         residual: str = "state",
+        dropout: float = 0.0,
+        rotary: bool = False,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray,
     ):
@@ -71,11 +91,12 @@ class RevDEQBlock(eqx.Module):
             eqx.nn.Linear(dim, dim, dtype=dtype, key=k) for k in keys[:3]
         )
         self.attention = Attention(
-            dim, num_heads, use_bias=False, dtype=dtype, key=keys[3]
+            dim, num_heads, use_bias=False, rotary=rotary, dtype=dtype, key=keys[3]
         )
         self.mlp = eqx.nn.MLP(
             dim, dim, hidden, 2, jax.nn.gelu, dtype=dtype, key=keys[4]
         )
+        self.drop = dropout_layer(dropout, VariationalDropout.tokens)
 
     def __call__(
         self, z: Features, x: Features, *, key: PRNGKeyArray | None = None
@@ -85,12 +106,17 @@ class RevDEQBlock(eqx.Module):
         Args:
             z: the state, of shape (batch, length, dim).
             x: what is injected, of the same shape.
-            key: not used: nothing here is random.
+            key: for dropout.
         """
-        return self.advance(z, x, None)[0]
+        return self.advance(z, x, None, key=key)[0]
 
     def advance(
-        self, z: Features, x: Features, past: Past | None
+        self,
+        z: Features,
+        x: Features,
+        past: Past | None,
+        *,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Features, tuple[Heads, Heads]]:
         """f for tokens that follow a past, and their keys and values at z.
 
@@ -98,9 +124,13 @@ class RevDEQBlock(eqx.Module):
             z: their states.
             x: what is injected.
             past: keys and values of the tokens before; None: there are none.
+            key: for dropout.
         """
+        keys = split_key(key, 2)
         n = over_tokens(self.norm1, z + x)
         q, k, v = (project(p, n) for p in (self.query, self.key, self.value))
         gathered, kept = self.attention(q, k, v, past)
-        h = (z if self.residual == "state" else x) + gathered
-        return h + project(self.mlp, over_tokens(self.norm2, h)), kept
+        h = z if self.residual == "state" else x
+        h = h + self.drop(gathered, key=keys[0])
+        added = project(self.mlp, over_tokens(self.norm2, h))
+        return h + self.drop(added, key=keys[1]), kept

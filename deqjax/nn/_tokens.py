@@ -40,14 +40,3 @@ def embed(table: Float[Array, "rows dim"], rows: Int[Array, "..."]) -> Array:
     return table.at[rows].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
     )
-
-
-def embed_at(
-    tokens: Tokens,
-    positions: Int[Array, " length"],
-    *,
-    table: eqx.nn.Embedding,
-    places: eqx.nn.Embedding,
-) -> Features:
-    """The embeddings of tokens and of their positions, added."""
-    return embed(table.weight, tokens) + embed(places.weight, positions)

@@ -1,6 +1,7 @@
 """The language program: data, training, and what it refuses."""
 
 import json
+import shutil
 
 import equinox as eqx
 import jax
@@ -13,9 +14,16 @@ from benchmarks.language import __main__ as program
 from benchmarks.language._config import Config, preset_fields
 from benchmarks.language._data import TrainBatches, ValidWindows, load_corpus
 from benchmarks.language._errors import UsageError
-from benchmarks.language._models import make_model
+from benchmarks.language._models import make_model, token_nll
+from benchmarks.language._output import read_config
 from benchmarks.language._tokens import ByteTokenizer, FileTokenizer, WordTokenizer
-from tests.benchmarks.language_runs import options, text as text
+from benchmarks.language._train import load_run
+from tests.benchmarks.language_runs import (
+    losses,
+    options,
+    saved_steps,
+    text as text,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,6 +131,9 @@ def test_a_tokenizer_file_accounts_for_every_byte_and_word(tmp_path):
         (["--mesh", "rows=2"], "--mesh: got 'rows=2'"),
         (["--mesh", "data=64"], "there are only"),
         (["--heads", "3"], "num_heads"),
+        (["--heads", "8", "--positions", "rotary"], "8 / 8 = 1"),
+        (["--model", "deq", "--positions", "rotary"], "--positions: got rotary"),
+        (["--model", "deq", "--tied"], "--tied: of no use"),
     ],
 )
 def test_refusals_name_the_option_and_write_nothing(
@@ -137,6 +148,15 @@ def test_empty_text_is_refused(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(UsageError, match="is empty"):
         load_corpus(str(tmp_path / "empty"), None, 8)
+
+
+def test_runs_of_before_dropout_are_read(tmp_path):
+    fields = preset_fields("tiny")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": fields, "tokens": {}}))
+    assert not {"dropout", "positions", "tied"} & set(fields)
+    found, _ = read_config(path)
+    assert (found.dropout, found.positions, found.tied) == (0.0, "learned", False)
 
 
 # --- whole runs -----------------------------------------------------------------------
@@ -163,6 +183,35 @@ def test_a_run_learns_and_leaves_its_results(tmp_path, text, capsys, model):
     assert "lr = 0.003" in capsys.readouterr().err
     assert program.main([*given, "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+@pytest.mark.slow
+def test_a_run_with_dropout_resumes_bit_for_bit(tmp_path, text, capsys):
+    more = "--dropout 0.3 --positions rotary --tied --steps 20"
+    given = options(tmp_path, text, *more.split(), "--save-every", "10", "--keep", "9")
+    given += ["--eval-every", "20", "--accumulate", "2"]
+    assert program.main(given) == 0
+    out = tmp_path / "out"
+    want = losses(out)
+    # Back to what was there after step 10.
+    shutil.rmtree(out / "checkpoints" / "20")
+    (out / "results.json").unlink()
+    assert saved_steps(out) == [10]
+    for change in (["--dropout", "0.2"], ["--positions", "learned"]):
+        assert program.main([*given, "--resume", *change]) == 2
+    assert "positions = 'rotary'" in capsys.readouterr().err
+    assert program.main([*given, "--resume"]) == 0
+    assert losses(out) == want
+    # Evaluations are without dropout, and so is the model that is loaded.
+    trained, config = load_run(out)
+    corpus = load_corpus(str(text), None, config.length)
+    windows = ValidWindows(corpus.valid, 4, config.length, config.eval_windows)
+    total = weight = 0.0
+    for batch, weights in windows.batches:
+        nll, _ = eqx.filter_jit(token_nll)(trained, batch)
+        total += float((nll.mean(1) * weights).sum())
+        weight += float(weights.sum())
+    assert total / weight == pytest.approx(want[-1][2], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -14,10 +14,12 @@ from ..._types import Options
 from ...nn._attention import Past
 from ...nn._checks import batched_solver, check_sizes, check_tokens
 from ...nn._deq import DEQ, unless_lost
+from ...nn._dropout import VariationalDropout, dropout_layer, split_key
 from ...nn._revdeq_block import RevDEQBlock
-from ...nn._tokens import Features, Tokens, embed_at, project
+from ...nn._tokens import Features
 from ...solvers import Reversible
 from ...solvers._optimistix import AnySolver
+from ._embedding import Tables, embed_tokens, make_tables, unembed
 from ._generation import KVCache, check_room, static_depth, static_solve
 from ._interface import AbstractLanguageModel
 
@@ -30,6 +32,10 @@ class RevDEQLM(AbstractLanguageModel):
 
     with `deqjax.nn.RevDEQBlock` for f, token and position embeddings E and P, and an
     untied head H without bias. Each sequence of a batch is a problem of its own.
+
+    Options that are not in the source: with `dropout`, x and what attention and MLP add
+    in f are dropped, with one mask per solve; with `positions="rotary"` there is no P,
+    and queries and keys are rotated instead; with `tied=True`, H is E.
 
     **Cost:** 2 evaluations of the block per step (8 by default), and the head.
     **Memory:** that of the adjoint; see `deqjax.ReversibleAdjoint`.
@@ -53,6 +59,13 @@ class RevDEQLM(AbstractLanguageModel):
         hidden: width of the MLP's hidden layers; None: 4 d.
         max_length: positions.
         residual: see `RevDEQBlock`; `"input"` for solves to a tolerance.
+        dropout: rate, of x and in f; see `RevDEQBlock`. It takes a `key` at the call;
+            `equinox.nn.inference_mode` switches it off, and `extend` has none.
+        positions: `"learned"`, embeddings that are added to those of the tokens, or
+            `"rotary"`, which rotate queries and keys and have no parameters.
+        tied: whether the embedding of tokens is the head as well, one array that is
+            counted once. It starts with standard deviation d^(−1/2), and embeddings are
+            its rows times √d, as in Vaswani et al. (2017).
         solver: see `deqjax.fixed_point`; one of deqjax needs `batch_ndim=1`. None:
             `deqjax.Reversible(None, None, beta=0.5, batch_ndim=1)`.
         adjoint: as of `deqjax.fixed_point`.
@@ -61,7 +74,8 @@ class RevDEQLM(AbstractLanguageModel):
         key: decides the initial parameters.
 
     Raises:
-        ValueError: if a size is not valid.
+        ValueError: if an argument is not valid.
+        RuntimeError: at a call in training mode, if a key for dropout is missing.
 
     Example:
         >>> import deqjax, jax.numpy as jnp, jax.random as jr
@@ -72,6 +86,15 @@ class RevDEQLM(AbstractLanguageModel):
     References:
         S. McCallum, K. Arora, J. Foster (2025), Reversible deep equilibrium models,
         doi:10.48550/arXiv.2509.12917.
+        Y. Gal, Z. Ghahramani (2016), A theoretically grounded application of dropout
+        in recurrent neural networks, doi:10.48550/arXiv.1512.05287.
+        J. Su, M. Ahmed, Y. Lu, S. Pan, W. Bo, Y. Liu (2024), RoFormer: Enhanced
+        transformer with rotary position embedding, doi:10.1016/j.neucom.2023.127063.
+        O. Press, L. Wolf (2017), Using the output embedding to improve language models,
+        doi:10.18653/v1/E17-2025.
+        A. Vaswani, N. Shazeer, N. Parmar, J. Uszkoreit, L. Jones, A. N. Gomez,
+        Ł. Kaiser, I. Polosukhin (2017), Attention is all you need,
+        doi:10.48550/arXiv.1706.03762.
     """
 
     configurations: ClassVar = {
@@ -85,9 +108,11 @@ class RevDEQLM(AbstractLanguageModel):
     }
 
     tokens: eqx.nn.Embedding
-    positions: eqx.nn.Embedding
+    positions: eqx.nn.Embedding | None
     deq: DEQ
-    head: eqx.nn.Linear
+    head: eqx.nn.Linear | None
+    drop: Any
+    max_length: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -98,6 +123,9 @@ class RevDEQLM(AbstractLanguageModel):
         max_length: int,
         hidden: int | None = None,
         residual: str = "state",
+        dropout: float = 0.0,
+        positions: str = "learned",
+        tied: bool = False,
         solver: AnySolver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         max_steps: int = 4,
@@ -110,17 +138,27 @@ class RevDEQLM(AbstractLanguageModel):
         keys = jr.split(key, 4)
         hidden = 4 * dim if hidden is None else hidden
         cell = RevDEQBlock(
-            dim, num_heads, hidden, residual=residual, dtype=dtype, key=keys[0]
+            dim,
+            num_heads,
+            hidden,
+            residual=residual,
+            dropout=dropout,
+            rotary=positions == "rotary",
+            dtype=dtype,
+            key=keys[0],
         )
-        self.tokens = eqx.nn.Embedding(vocab_size, dim, dtype=dtype, key=keys[1])
-        self.positions = eqx.nn.Embedding(max_length, dim, dtype=dtype, key=keys[2])
+        self.tokens, self.positions, self.head = make_tables(
+            vocab_size,
+            dim,
+            max_length,
+            positions=positions,
+            tied=tied,
+            dtype=dtype,
+            keys=(keys[1], keys[2], keys[3]),
+        )
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, max_steps=max_steps)
-        self.head = eqx.nn.Linear(dim, vocab_size, False, dtype, key=keys[3])
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence that the model has positions for."""
-        return self.positions.weight.shape[0]
+        self.drop = dropout_layer(dropout, VariationalDropout.tokens)
+        self.max_length = max_length
 
     def _solve(
         self,
@@ -134,19 +172,23 @@ class RevDEQLM(AbstractLanguageModel):
         options: Options | None,
     ) -> tuple[optx.Solution, Any]:
         check_tokens("tokens", inputs, self.max_length)
-        x = self._inject(inputs, jnp.arange(inputs.shape[1]))
+        keys = split_key(key, 2)
+        x = embed_tokens(self._tables, inputs, jnp.arange(inputs.shape[1]))
+        x = self.drop(x, key=keys[0])
         sol = self.deq.solve(
-            x, z0=z0, max_steps=max_steps, throw=throw, options=options
+            x, z0=z0, key=keys[1], max_steps=max_steps, throw=throw, options=options
         )
         return sol, state
 
     def _logits(
         self, z: Features, state: Any, key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "batch length vocab"], Any]:
-        return project(self.head, z), state
+        dtype = self.deq.cell.attention.output.weight.dtype
+        return unembed(self._tables, z, dtype), state
 
-    def _inject(self, tokens: Tokens, positions: Array) -> Features:
-        return embed_at(tokens, positions, table=self.tokens, places=self.positions)
+    @property
+    def _tables(self) -> Tables:
+        return Tables(self.tokens, self.positions, self.head)
 
     # Token by token
 
@@ -172,7 +214,7 @@ class RevDEQLM(AbstractLanguageModel):
         *,
         options: dict[str, Any] | None = None,
     ) -> tuple[Features, KVCache]:
-        """The equilibrium at tokens that follow those of the cache.
+        """The equilibrium at tokens that follow those of the cache, without dropout.
 
         Args:
             tokens: any number of them, one at least.
@@ -187,8 +229,9 @@ class RevDEQLM(AbstractLanguageModel):
         solver, max_steps = self.deq.solver, self.deq.max_steps
         depth = static_depth(solver, max_steps)
         cache.check(depth or 1, tokens)
-        x = self._inject(tokens, cache.positions(tokens))
-        cell, z0 = self.deq.cell, self.deq.initial_state(x)
+        x = embed_tokens(self._tables, tokens, cache.positions(tokens))
+        cell = eqx.nn.inference_mode(self.deq.cell)
+        z0 = self.deq.initial_state(x)
         options = {} if options is None else options
         if depth is not None:
 

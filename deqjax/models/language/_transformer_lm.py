@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..._types import Options
 from ...nn._checks import check_sizes, check_tokens
-from ...nn._tokens import Features, Tokens, embed_at, over_tokens, project
+from ...nn._dropout import VariationalDropout, dropout_layer, split_key
+from ...nn._tokens import Features, over_tokens
 from ...nn._transformer_block import TransformerBlock
+from ._embedding import Tables, embed_tokens, make_tables, unembed
 from ._generation import KVCache, check_room
 from ._interface import AbstractLanguageModel
 
@@ -20,7 +22,8 @@ class TransformerLM(AbstractLanguageModel):
     r"""An explicit transformer language model of L layers, each with its own weights.
 
     Pre-norm layers, learned positions, a norm before an untied head without bias: what
-    `RevDEQLM` is compared with, in the same interface.
+    `RevDEQLM` is compared with, in the same interface. Options: `dropout`, rotary
+    positions in place of the learned ones, and a tied head.
 
     `solve` returns the last layer's output as the `value` of a solution, whose
     statistics have L evaluations and no residual.
@@ -38,11 +41,20 @@ class TransformerLM(AbstractLanguageModel):
         num_layers: L.
         hidden: width of the MLPs' hidden layer; None: 4 × `dim`.
         max_length: positions.
+        dropout: rate, of the embeddings and of what attention and MLPs add; each entry
+            has a mask of its own. It takes a `key` at the call;
+            `equinox.nn.inference_mode` switches it off, and `extend` has none.
+        positions: `"learned"`, embeddings that are added to those of the tokens, or
+            `"rotary"`, which rotate queries and keys and have no parameters.
+        tied: whether the embedding of tokens is the head as well, one array that is
+            counted once. It starts with standard deviation `dim`^(−1/2), and embeddings
+            are its rows times √`dim`, as in Vaswani et al. (2017).
         dtype: of the parameters.
         key: decides the initial parameters.
 
     Raises:
-        ValueError: if a size is not valid.
+        ValueError: if an argument is not valid.
+        RuntimeError: at a call in training mode, if a key for dropout is missing.
 
     Example:
         >>> import deqjax, jax.numpy as jnp, jax.random as jr
@@ -53,6 +65,16 @@ class TransformerLM(AbstractLanguageModel):
     References:
         A. Radford, J. Wu, R. Child, D. Luan, D. Amodei, I. Sutskever (2019), Language
         models are unsupervised multitask learners.
+        G. Hinton, N. Srivastava, A. Krizhevsky, I. Sutskever, R. Salakhutdinov (2012),
+        Improving neural networks by preventing co-adaptation of feature detectors,
+        doi:10.48550/arXiv.1207.0580.
+        J. Su, M. Ahmed, Y. Lu, S. Pan, W. Bo, Y. Liu (2024), RoFormer: Enhanced
+        transformer with rotary position embedding, doi:10.1016/j.neucom.2023.127063.
+        O. Press, L. Wolf (2017), Using the output embedding to improve language models,
+        doi:10.18653/v1/E17-2025.
+        A. Vaswani, N. Shazeer, N. Parmar, J. Uszkoreit, L. Jones, A. N. Gomez,
+        Ł. Kaiser, I. Polosukhin (2017), Attention is all you need,
+        doi:10.48550/arXiv.1706.03762.
     """
 
     configurations: ClassVar = {
@@ -67,10 +89,12 @@ class TransformerLM(AbstractLanguageModel):
     }
 
     tokens: eqx.nn.Embedding
-    positions: eqx.nn.Embedding
+    positions: eqx.nn.Embedding | None
     layers: tuple[TransformerBlock, ...]
     norm: eqx.nn.LayerNorm
-    head: eqx.nn.Linear
+    head: eqx.nn.Linear | None
+    drop: Any
+    max_length: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -81,6 +105,9 @@ class TransformerLM(AbstractLanguageModel):
         *,
         max_length: int,
         hidden: int | None = None,
+        dropout: float = 0.0,
+        positions: str = "learned",
+        tied: bool = False,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray,
     ):
@@ -88,18 +115,29 @@ class TransformerLM(AbstractLanguageModel):
         keys = jr.split(key, num_layers + 3)
         hidden = 4 * dim if hidden is None else hidden
         self.layers = tuple(
-            TransformerBlock(dim, num_heads, hidden, dtype=dtype, key=k)
+            TransformerBlock(
+                dim,
+                num_heads,
+                hidden,
+                dropout=dropout,
+                rotary=positions == "rotary",
+                dtype=dtype,
+                key=k,
+            )
             for k in keys[3:]
         )
-        self.tokens = eqx.nn.Embedding(vocab_size, dim, dtype=dtype, key=keys[0])
-        self.positions = eqx.nn.Embedding(max_length, dim, dtype=dtype, key=keys[1])
+        self.tokens, self.positions, self.head = make_tables(
+            vocab_size,
+            dim,
+            max_length,
+            positions=positions,
+            tied=tied,
+            dtype=dtype,
+            keys=(keys[0], keys[1], keys[2]),
+        )
         self.norm = eqx.nn.LayerNorm(dim, dtype=dtype)
-        self.head = eqx.nn.Linear(dim, vocab_size, False, dtype, key=keys[2])
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence that the model has positions for."""
-        return self.positions.weight.shape[0]
+        self.drop = dropout_layer(dropout, VariationalDropout.dense)
+        self.max_length = max_length
 
     def _solve(
         self,
@@ -120,9 +158,11 @@ class TransformerLM(AbstractLanguageModel):
                     f"{value!r}."
                 )
         check_tokens("tokens", inputs, self.max_length)
-        h = self._embed(inputs, jnp.arange(inputs.shape[1]))
-        for layer in self.layers:
-            h, _ = layer.advance(h, None)
+        first, *keys = split_key(key, len(self.layers) + 1)
+        h = embed_tokens(self._tables, inputs, jnp.arange(inputs.shape[1]))
+        h = self.drop(h, key=first)
+        for layer, own in zip(self.layers, keys, strict=True):
+            h, _ = layer.advance(h, None, key=own)
         depth = jnp.array(len(self.layers), jnp.int32)
         stats = {"num_evals": depth, "num_steps": depth}
         return optx.Solution(h, optx.RESULTS.successful, None, stats, None), state
@@ -130,10 +170,12 @@ class TransformerLM(AbstractLanguageModel):
     def _logits(
         self, z: Features, state: Any, key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "batch length vocab"], Any]:
-        return project(self.head, over_tokens(self.norm, z)), state
+        dtype = self.layers[0].attention.output.weight.dtype
+        return unembed(self._tables, over_tokens(self.norm, z), dtype), state
 
-    def _embed(self, tokens: Tokens, positions: Array) -> Features:
-        return embed_at(tokens, positions, table=self.tokens, places=self.positions)
+    @property
+    def _tables(self) -> Tables:
+        return Tables(self.tokens, self.positions, self.head)
 
     # Token by token
 
@@ -149,7 +191,7 @@ class TransformerLM(AbstractLanguageModel):
         )
 
     def extend(self, tokens: Array, cache: KVCache) -> tuple[Features, KVCache]:
-        """The last layer's output at tokens that follow those of the cache.
+        """The last layer's output at tokens that follow the cache's, without dropout.
 
         Args:
             tokens: any number of them, one at least.
@@ -161,9 +203,9 @@ class TransformerLM(AbstractLanguageModel):
         """
         check_tokens("tokens", tokens)
         cache.check(len(self.layers), tokens)
-        h = self._embed(tokens, cache.positions(tokens))
+        h = embed_tokens(self._tables, tokens, cache.positions(tokens))
         kept = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(eqx.nn.inference_mode(self.layers)):
             h, new = layer.advance(h, cache.past(i))
             kept.append(new)
         keys, values = (jnp.stack(parts) for parts in zip(*kept, strict=True))
