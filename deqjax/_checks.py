@@ -56,6 +56,20 @@ def check_flag(name: str, value: Any) -> bool:
     return flag
 
 
+def check_tolerance(name: str, value: Any, batch: tuple[int, ...]) -> None:
+    """Raise unless a tolerance is one number, or one per problem."""
+    shape = np.shape(value)
+    try:
+        fits = np.broadcast_shapes(shape, batch) == batch
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`{name}` must be one number or one per problem; the problems have the "
+            f"shape {batch} (see `batch_ndim`), `{name}` has {shape}."
+        )
+
+
 def check_beta(beta: Any, *, below: float) -> None:
     """Raise unless `beta`, the weight on f, lies in (0, below)."""
     if isinstance(beta, Array):

@@ -17,7 +17,7 @@ from ._numbers import inputs_and_rest
 from ._programs import Programs
 from ._steps import Numbered
 from ._structure import plain, plain_within, rebuilt
-from ._tree import batch_shape
+from ._tree import batch_shape, varying
 from .adjoints import ImplicitAdjoint, ReversibleAdjoint, UnrolledAdjoint
 from .solvers import Anderson, Reversible
 from .solvers._base import check_count
@@ -127,8 +127,14 @@ def fixed_point(
     _check_budget(solver, z0, options.get("step_budget"), has_aux)
     if not jtu.tree_leaves(z0):
         raise ValueError("`z0` has no leaves: there is nothing to solve for.")
-    iterate = (plain(z0),) if first is None else (plain(z0), first)
-    traced, of_aux = _traced(fn, z0, iterate[1:], args, has_aux)
+    step = () if first is None else (first,)
+    traced, of_aux = _traced(fn, z0, step, args, has_aux)
+    # Within `jax.shard_map` the iterate differs wherever anything in f does.
+    moved = varying(z0, (traced.inputs, traced.closed.consts))
+    if moved is not z0:
+        z0 = moved
+        traced, of_aux = _traced(fn, z0, step, args, has_aux)
+    iterate = plain(z0), *step
     # Arrays and numbers are inputs of the program; what the rest says is another one.
     whole = jtu.tree_structure(z0)
     given = plain_within((solver, adjoint, options), whole)
@@ -214,7 +220,8 @@ def _solver_of(jaxpr: Any, statics: PyTree) -> Callable:
 
         def rest(z: PyTree, args: Any) -> PyTree:
             step, kept = ([args.step], args.args) if first else ([], args)
-            return jtu.tree_unflatten(output, parts([*jtu.tree_leaves(z), *step], kept))
+            leaves = parts([*jtu.tree_leaves(z), *step], kept)
+            return jtu.tree_unflatten(output, varying(leaves, z))
 
         sol = optx.fixed_point(
             rest,

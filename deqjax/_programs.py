@@ -91,7 +91,18 @@ class Programs:
             others[:] = [other]
             return arrays
 
-        return lambda *args: eqx.combine(run(*args), others[0])
+        def call(*args: PyTree) -> PyTree:
+            try:
+                return eqx.combine(run(*args), others[0])
+            except jax.errors.JaxRuntimeError as error:
+                # The message of an `equinox.error_if` in the map, without JAX's report.
+                _, found, message = str(error).partition("_EquinoxRuntimeError: ")
+                if not found:
+                    raise
+                message, _, _ = message.partition("\n\n\n---")
+            raise eqx.EquinoxRuntimeError(message)
+
+        return call
 
 
 def _recent(entries: OrderedDict, key: Hashable) -> Any:

@@ -218,7 +218,7 @@ def varying(tree: PyTree, like: PyTree) -> PyTree:
         missing = tuple(axes - varying_axes(x)) if eqx.is_array(x) else ()
         return pvary(x, missing) if missing else x
 
-    return jtu.tree_map(leaf, tree) if axes else tree
+    return jtu.tree_map(leaf, tree) if axes else tree  # the same object
 
 
 # Rings: `length` vectors like x, behind the axes of the batch. A vector is one axis

@@ -21,6 +21,11 @@ from optimistix._misc import wrap_jaxpr as wrap_jaxpr
 UNROLL = 8
 
 
+def in_shard_map() -> bool:
+    """Whether what is being traced is the program of one device."""
+    return len(jax.sharding.get_abstract_mesh().manual_axes) > 0
+
+
 def varying_axes(x: Array) -> frozenset[str]:
     """The axes of a `jax.shard_map` along which x differs, if that keeps track."""
     aval: Any = jax.typeof(x)
@@ -31,9 +36,10 @@ def varying_axes(x: Array) -> frozenset[str]:
 
 def pvary(x: Array, axes: tuple[str, ...]) -> Array:
     """x, which is the same on all devices along these axes, as if it were not."""
+    of_version: Any = lax  # `pcast` from JAX 0.9 on, `pvary` before
     if hasattr(lax, "pcast"):
-        return lax.pcast(x, axes, to="varying")
-    return lax.pvary(x, axes)  # up to JAX 0.8
+        return of_version.pcast(x, axes, to="varying")
+    return of_version.pvary(x, axes)
 
 
 def bind(eqn: Any, inputs: list[Any]) -> list[Any]:

@@ -13,14 +13,13 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_count
+from .._checks import check_count, check_tolerance
 from .._convolutions import rewrite
 from .._types import Flags, Reals
 from ._options import (
     as_arrays,
     check_preconditioner,
     check_start,
-    check_tolerance,
     shapes,
 )
 

@@ -91,7 +91,7 @@ def _project(
         if start == 0:
             part, w = subtract(w)
         else:
-            none = jnp.zeros((*parts[0].shape[:-1], size), parts[0].dtype)
+            none = _tree.zeros_for(parts[0], (size,), k)
             part, w = lax.cond(j >= start, subtract, lambda w, none=none: (none, w), w)
         parts.append(part)
     return jnp.concatenate(parts, -1), w

@@ -80,16 +80,12 @@ class Cycles(eqx.Module):
     @_tree.lenient
     def begin(self, system: System, cycle: int) -> tuple[Progress, Rings]:
         trivial, b, at_zero = system.trivial, system.b, system.at_zero
-        shape, dtype = trivial.shape, system.size.dtype
         first = _tree.scale(1 / system.size, b)
         basis = zeros(first, cycle, self.batch_ndim)
         if at_zero:
             # The residual of 0 is b: no product is needed to open the first cycle.
             basis = write(basis, jnp.array(0, jnp.int32), first, self.batch_ndim)
-        eye = jnp.broadcast_to(
-            jnp.eye(cycle + 1, dtype=dtype), (*shape, cycle + 1, cycle + 1)
-        )
-        eye = _tree.varying(eye, system.size)
+        eye = _identity(system.size, cycle + 1)
         krylov = Krylov(
             index=jnp.array(0 if at_zero else -1, jnp.int32),
             rotations=eye,
@@ -140,11 +136,9 @@ class Cycles(eqx.Module):
         lost = lost | (pending & carry.broken & ~done) | leaky
         live = pending & ~done & ~lost
         krylov = carry.krylov
-        shape = krylov.rotations.shape
-        eye = jnp.eye(shape[-1], dtype=krylov.rotations.dtype)
         krylov = Krylov(
             index=jnp.zeros_like(krylov.index),
-            rotations=_tree.varying(jnp.broadcast_to(eye, shape), size),
+            rotations=_identity(carry.residual, krylov.rotations.shape[-1]),
             triangle=jnp.zeros_like(krylov.triangle),
             size=jnp.where(live, size, krylov.size),
             used=jnp.zeros_like(krylov.used),
@@ -311,6 +305,12 @@ class Cycles(eqx.Module):
             ),
         )
         return carry, solution
+
+
+def _identity(like: Reals, size: int) -> Array:
+    """An identity matrix for every system, sharded like the systems."""
+    zero = _tree.zeros_for(like, (size, size), like.ndim)
+    return zero + jnp.eye(size, dtype=like.dtype)
 
 
 def _combination(

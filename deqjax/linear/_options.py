@@ -6,27 +6,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-import numpy as np
 from jaxtyping import Array, PyTree
 
 
 def shapes(structure: PyTree) -> PyTree:
     """The shapes of the leaves."""
     return jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, bool), structure)
-
-
-def check_tolerance(name: str, value: Any, batch: tuple[int, ...]) -> None:
-    """Raise unless a tolerance is one number, or one per system."""
-    shape = np.shape(value)
-    try:
-        fits = np.broadcast_shapes(shape, batch) == batch
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`{name}` must be one number or one per system; the systems have the "
-            f"shape {batch} (see `batch_ndim`), `{name}` has {shape}."
-        )
 
 
 def check_preconditioner(options: dict[str, Any], structure: PyTree) -> None:

@@ -13,7 +13,11 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .. import _tree
-from .._checks import check_beta as check_beta, check_count as check_count
+from .._checks import (
+    check_beta as check_beta,
+    check_count as check_count,
+    check_tolerance,
+)
 from .._problem import Problem
 from .._types import Args, Aux, Flags, Map, Options, Reals, Tolerance, Y
 from ._drive import Carry, Iteration, State, Trial as Trial
@@ -154,7 +158,15 @@ class AbstractSolver(optx.AbstractFixedPointSolver[Y, Aux, State], Generic[Y, Au
         return False
 
     def prepared(self, z: Y, options: Options) -> "AbstractSolver":
-        """The solver with what the options of this solve say of it."""
+        """The solver with what the options of this solve say of it.
+
+        Raises:
+            ValueError: if something of it does not fit z.
+        """
+        batch = _tree.batch_shape(z, self.batch_ndim)
+        for name, tol in (("rtol", self.rtol), ("atol", self.atol)):
+            if isinstance(tol, Array):
+                check_tolerance(name, tol, batch)
         return self
 
     def extra_statistics(self, memory: PyTree) -> dict[str, Any]:

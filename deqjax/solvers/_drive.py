@@ -21,7 +21,7 @@ from .. import _tree
 from .._problem import Problem, Solved
 from .._steps import at_step
 from .._types import Flags
-from .._upstream import UNROLL, unvmap_any, unvmap_max, while_loop
+from .._upstream import UNROLL, in_shard_map, unvmap_any, unvmap_max, while_loop
 from ._record import Record, statistics
 
 Kind = Literal["lax", "checkpointed"]
@@ -100,9 +100,7 @@ class Iteration:
     def begin(self, tape: Any = None) -> Carry:
         """The carry before the first evaluation."""
         problem, solver = self.problem, self.solver
-        # Within `jax.shard_map` the iterate differs wherever anything in f does.
-        z = _tree.varying(problem.y0, (problem.fn, problem.args, problem.options))
-        k = solver.batch_ndim
+        z, k = problem.y0, solver.batch_ndim
         _tree.batch_shape(z, k)  # raises unless the leaves agree
         memory = solver.init_memory(z, problem.options)
         if solver.keeps_best:
@@ -125,7 +123,6 @@ class Iteration:
         args = at_step(problem.args, h // self.per_step)
 
         f, aux, products = solver.evaluate(problem.fn, z, args)
-        f, aux = _tree.varying((f, aux), z)
 
         record, last, num_evals = state.record, None, state.num_evals
         if solver.keeps_best:
@@ -385,6 +382,12 @@ def loop(
         return lax.while_loop(
             lambda carry: going(carry) & within(carry), run.advance, carry
         )
+    if most is not None and in_shard_map():
+        # equinox's loop does not know what varies there. Every state is kept.
+        step = jax.checkpoint(
+            lambda carry: lax.cond(going(carry), run.advance, lambda c: c, carry)
+        )
+        return lax.scan(lambda carry, _: (step(carry), None), carry, length=most)[0]
     return while_loop(
         going,
         run.advance,

@@ -119,7 +119,8 @@ class Reversible(AbstractSolver[Y, Aux]):
         if "beta" in options:
             name = '`options["beta"]`'
             beta = canonical_weights(name, options["beta"])
-        return eqx.tree_at(lambda s: s.beta, self, fit_weights(name, beta, z))
+        solver = super().prepared(z, options)
+        return eqx.tree_at(lambda s: s.beta, solver, fit_weights(name, beta, z))
 
     def init_memory(self, z: PyTree, options: Options) -> PyTree:
         """y₀: z₀, or what a solve is resumed from.

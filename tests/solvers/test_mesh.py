@@ -13,7 +13,7 @@ from tests.helpers import OK, SOLVERS, error, norm_map
 
 pytestmark = pytest.mark.optimised
 
-# NewtonKrylov's linear solves do not run on explicit axes: lineax's closures do not.
+# The linear solves of NewtonKrylov ask the devices whether any system goes on.
 names = ["picard", "anderson", "broyden", "reversible"]
 
 
@@ -51,6 +51,19 @@ def test_problems_of_a_sharded_batch_stay_where_they_are(name, kind, tol):
         # Whether all are done: one scalar, asked at most twice in a step of two parts.
         assert all(re.match(r"\(?(pred|s32)\[\]", shape) for shape, _ in found), found
         assert len(found) <= (2 if name == "reversible" else 1), found
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_newtons_method_on_a_sharded_batch(kind):
+    w, x = case()
+    want = program("newton", 1e-3)((w, x), 0 * x)
+    mesh, rows, whole = spread(kind)
+    with jax.set_mesh(mesh):
+        args = jax.device_put(w, whole), jax.device_put(x, rows)
+        got = program("newton", 1e-3)(args, jax.device_put(0 * x, rows))
+    assert bool(got[2])
+    assert error(got[0], want[0]) <= 1e-5
+    assert got[0].sharding.is_equivalent_to(rows, 2)
 
 
 def test_a_problem_with_a_sharded_axis_is_solved_alike():
