@@ -211,8 +211,7 @@ def varying(tree: PyTree, like: PyTree) -> PyTree:
 
     Loops and branches want the same of all that goes in and comes out.
     """
-    found = [varying_axes(x) for x in jtu.tree_leaves(like) if eqx.is_array(x)]
-    axes = frozenset().union(*found)
+    axes = frozenset().union(*map(varying_axes, jtu.tree_leaves(like)))
 
     def leaf(x: Any) -> Any:
         missing = tuple(axes - varying_axes(x)) if eqx.is_array(x) else ()

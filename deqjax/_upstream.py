@@ -12,6 +12,7 @@ from equinox.internal import (
     while_loop as while_loop,
 )
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array
 from optimistix._misc import wrap_jaxpr as wrap_jaxpr
 
@@ -26,9 +27,11 @@ def in_shard_map() -> bool:
     return len(jax.sharding.get_abstract_mesh().manual_axes) > 0
 
 
-def varying_axes(x: Array) -> frozenset[str]:
+def varying_axes(x: Any) -> frozenset[str]:
     """The axes of a `jax.shard_map` along which x differs, if that keeps track."""
-    aval: Any = jax.typeof(x)
+    if not isinstance(x, Tracer):
+        return frozenset()
+    aval: Any = x.aval
     if hasattr(aval, "vma"):  # up to JAX 0.9
         return aval.vma
     return aval.manual_axis_type.varying

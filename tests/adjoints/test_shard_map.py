@@ -39,9 +39,19 @@ def mesh():
     return jax.make_mesh((jax.device_count(),), ("d",), axis_types=(AxisType.Auto,))
 
 
+def skip_unless_known(implicit):
+    """Skip where JAX itself loses sight of what varies from device to device."""
+    if jax.__version_info__ < (0, 9):
+        pytest.skip("JAX up to 0.8: `eval_shape` does not say what varies")
+    if implicit and jax.__version_info__ >= (0, 12):
+        pytest.skip("JAX 0.12: lowering of `custom_linear_solve` forgets what varies")
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("check", [True, False])
 def test_gradients_are_those_of_one_device(name, check):
+    if check:
+        skip_unless_known(name in ("anderson", "broyden", "newton", "neumann"))
     alone = ft.partial(solve, *CASES[name])
     specs = {"mesh": mesh(), "in_specs": (P("d"), P()), "out_specs": P("d")}
     parts = jax.shard_map(alone, **specs, check_vma=check)
@@ -51,6 +61,7 @@ def test_gradients_are_those_of_one_device(name, check):
 
 
 def test_a_probe_has_the_record_of_every_problem():
+    skip_unless_known(implicit=True)
     solver, sizes = deqjax.Anderson(batch_ndim=1), (8,)
 
     def gradient(x, w, probe):
