@@ -19,8 +19,9 @@ class JFBAdjoint(AbstractAdjoint):
 
     **Cost:** one linearisation of f at z* and one product.
 
-    Forward mode gives ż = ∂f/∂θ θ̇, the same approximation. The gradient of `aux` goes
-    through z* likewise.
+    Forward mode gives ż = ∂f/∂θ θ̇, the same approximation. Second derivatives have I
+    wherever those of `ImplicitAdjoint` have (I − J)⁻¹; they are not the derivatives of
+    the biased gradient. The gradient of `aux` goes through z* likewise.
 
     **Not converged:** the same pull-back at the z* that was returned; it is then not
     that of a fixed point (`forward_residual` of the probe).
